@@ -1,0 +1,31 @@
+"""PyTorch optimizers whose every rule is proven.
+
+>>> import torch, optimizers
+>>> model = torch.nn.Linear(4, 2)
+>>> optimizer = optimizers.AMSGrad(model.parameters(), lr=1e-3)
+>>> model(torch.ones(1, 4)).sum().backward()
+>>> optimizer.step()
+"""
+
+from optimizers.base import Needs, Optimizer, Scope
+from optimizers.first_order import AMSGrad
+from optimizers.objective import Counts, Objective, OracleError
+from optimizers.orthogonalized import Muon
+from optimizers.registry import Spec, get_optimizer, get_spec, list_optimizers
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AMSGrad",
+    "Counts",
+    "Muon",
+    "Needs",
+    "Objective",
+    "Optimizer",
+    "OracleError",
+    "Scope",
+    "Spec",
+    "get_optimizer",
+    "get_spec",
+    "list_optimizers",
+]

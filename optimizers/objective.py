@@ -1,0 +1,271 @@
+"""A model and a loss bound to a batch: what every optimizer can be given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+LossFn: TypeAlias = Callable[[Any, Any], Tensor]
+
+
+class OracleError(RuntimeError):
+    """The objective cannot answer what the optimizer needs; the message names the remedy."""
+
+
+@dataclass
+class Counts:
+    """Evaluations so far, each over the whole batch that the objective is bound to.
+
+    Attributes:
+        loss: Forward passes without a backward pass (one for each candidate).
+        gradient: Forward and backward passes together.
+        vjp: Backward passes of the outputs alone (one for each row of a Jacobian).
+        jvp: Forward-mode directional derivatives.
+        hvp: Hessian-vector products.
+        ggn: Gauss-Newton-vector products.
+    """
+
+    loss: int = 0
+    gradient: int = 0
+    vjp: int = 0
+    jvp: int = 0
+    hvp: int = 0
+    ggn: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the counts by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def reset(self) -> None:
+        """Set every count to zero."""
+        for field in fields(self):
+            setattr(self, field.name, 0)
+
+
+class Objective:
+    r"""A model and a loss, bound to a batch: the one argument that serves every optimizer.
+
+    ``objective.on(inputs, targets)`` binds a batch. The bound objective is itself a plain torch
+    closure (it clears the gradients, runs forward and backward and returns the loss), so
+    ``torch.optim.LBFGS`` and ordinary training loops accept it; beyond that it answers losses,
+    gradients, Hessian and Gauss-Newton products about *your* parameters, without touching
+    ``.grad``. Evaluations are counted in :attr:`counts`, shared by all batches.
+
+    Args:
+        model: Maps ``inputs`` to outputs. A tuple of inputs is passed as several arguments.
+        loss_fn: Maps ``(outputs, targets)`` to a 0-D loss, averaged over the batch.
+
+    Raises:
+        OracleError: When asked before a batch is bound.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 1)
+        >>> objective = Objective(model, torch.nn.functional.mse_loss)
+        >>> batch = objective.on(torch.ones(4, 3), torch.zeros(4, 1))
+        >>> bool(batch() == batch.loss())
+        True
+        >>> objective.counts.gradient, objective.counts.loss
+        (1, 1)
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be callable; got {type(loss_fn).__name__}.")
+        self.model = model
+        self.loss_fn = loss_fn
+        self.counts = Counts()
+        self._batch: tuple[Any, Any] | None = None
+        self._names: dict[int, str] = {}
+
+    def on(self, inputs: Any, targets: Any) -> Objective:
+        """Return this objective bound to a batch; counts and model are shared."""
+        bound = Objective.__new__(type(self))
+        bound.__dict__.update(self.__dict__)
+        bound._batch = (inputs, targets)
+        return bound
+
+    @property
+    def inputs(self) -> Any:
+        """The inputs of the bound batch."""
+        return self._bound()[0]
+
+    @property
+    def targets(self) -> Any:
+        """The targets of the bound batch."""
+        return self._bound()[1]
+
+    def _bound(self) -> tuple[Any, Any]:
+        if self._batch is None:
+            raise OracleError(
+                "this Objective is bound to no batch; pass objective.on(inputs, targets)."
+            )
+        return self._batch
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The model's positional arguments for the bound batch."""
+        inputs = self.inputs
+        return inputs if isinstance(inputs, tuple) else (inputs,)
+
+    def outputs(self) -> Any:
+        """Run the model on the bound inputs (no count of its own)."""
+        return self.model(*self.arguments)
+
+    def _checked(self, loss: Tensor) -> Tensor:
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise OracleError(
+                f"the loss must be a single number; got {got}. Average it over the batch."
+            )
+        return loss
+
+    def _forward(self) -> Tensor:
+        return self._checked(self.loss_fn(self.outputs(), self.targets))
+
+    def __call__(self) -> Tensor:
+        """Clear the model's gradients, run forward and backward, return the loss (detached)."""
+        with torch.enable_grad():
+            self.model.zero_grad(set_to_none=True)
+            loss = self._forward()
+            if loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+        self.counts.gradient += 1
+        return loss.detach()
+
+    def loss(self) -> Tensor:
+        """Return the loss on the bound batch, without a graph."""
+        with torch.no_grad():
+            loss = self._forward()
+        self.counts.loss += 1
+        return loss
+
+    def names(self, params: Sequence[Tensor]) -> list[str]:
+        """Return the model's name of each parameter (a tied one has its first name).
+
+        Raises:
+            OracleError: If a parameter is not one of the model's.
+        """
+        if not all(id(p) in self._names for p in params):
+            self._names.clear()
+            for name, parameter in self.model.named_parameters():
+                self._names[id(parameter)] = name
+        try:
+            return [self._names[id(p)] for p in params]
+        except KeyError:
+            raise OracleError(
+                "a parameter of the optimizer is not a parameter of the Objective's model; "
+                "build both from the same model."
+            ) from None
+
+    def gradient(self, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the loss and its gradient in ``params``; ``.grad`` is not touched."""
+        with torch.enable_grad():
+            loss = self._forward()
+            grads = _gradients(loss, params)
+        self.counts.gradient += 1
+        return loss.detach(), grads
+
+    def hvp(self, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the product of the Hessian of the loss with ``vectors``."""
+        with torch.enable_grad():
+            products = hessian_product(self._forward(), params, vectors)
+        self.counts.hvp += 1
+        return products
+
+    def ggn(self, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
+        r"""Return the generalized Gauss-Newton product :math:`J^\top H_{out} J v`.
+
+        :math:`J` is the Jacobian of the outputs in ``params`` and :math:`H_{out}` the Hessian of
+        the loss in the outputs; both by double backward passes.
+        """
+        self.names(params)
+        with torch.enable_grad():
+            outputs = self.outputs()
+            loss = self._checked(self.loss_fn(outputs, self.targets))
+            (slope,) = torch.autograd.grad(loss, outputs, create_graph=True)
+            # J v by the double-backward trick: J^T u is linear in a dummy u.
+            dummy = torch.zeros_like(outputs, requires_grad=True)
+            pulled = torch.autograd.grad(
+                outputs, params, dummy, create_graph=True, allow_unused=True
+            )
+            terms = [(g, v) for g, v in zip(pulled, vectors, strict=True) if g is not None]
+            (pushed,) = torch.autograd.grad(
+                [g for g, _ in terms], dummy, [v for _, v in terms], retain_graph=True
+            )
+            if slope.requires_grad:
+                (curved,) = torch.autograd.grad(slope, outputs, pushed, retain_graph=True)
+            else:
+                curved = torch.zeros_like(outputs)
+            products = torch.autograd.grad(outputs, params, curved, allow_unused=True)
+        self.counts.ggn += 1
+        return [
+            torch.zeros_like(p) if g is None else g for p, g in zip(params, products, strict=True)
+        ]
+
+    def population(
+        self, params: Sequence[Tensor], candidates: Sequence[Tensor], *, chunk: int | None = None
+    ) -> Tensor:
+        """Return the loss of many candidate points on the same batch, shape ``(N,)``.
+
+        Args:
+            params: The parameters that vary, ``K`` of them.
+            candidates: ``K`` tensors, the k-th of shape ``(N, *params[k].shape)``.
+            chunk: How many candidates are evaluated at once; ``None`` for all.
+
+        Raises:
+            OracleError: If the model cannot be evaluated for many points at once (it draws random
+                numbers, or updates statistics in training mode).
+        """
+        names = self.names(params)
+        model, loss_fn = self.model, self.loss_fn
+        arguments, targets = self.arguments, self.targets
+
+        def one(values: dict[str, Tensor]) -> Tensor:
+            outputs = torch.func.functional_call(model, values, arguments)
+            return self._checked(loss_fn(outputs, targets)).reshape(())
+
+        many = torch.func.vmap(one, randomness="error", chunk_size=chunk)
+        try:
+            with torch.no_grad():
+                losses: Tensor = many(dict(zip(names, candidates, strict=True)))
+        except RuntimeError as error:
+            raise OracleError(
+                f"the model cannot be evaluated for many candidates at once ({error}). "
+                "Switch off dropout and batch statistics with model.eval(), or pass a plain "
+                "closure, which is evaluated candidate by candidate."
+            ) from error
+        self.counts.loss += losses.numel()
+        return losses
+
+
+def _gradients(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
+    wanted = [p for p in params if p.requires_grad]
+    if not loss.requires_grad or not wanted:
+        return [None] * len(params)
+    found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
+    return [next(found) if p.requires_grad else None for p in params]
+
+
+def hessian_product(
+    loss: Tensor, params: Sequence[Tensor], vectors: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return the product of the Hessian of ``loss`` with ``vectors``, by double backward."""
+    grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+    pairs = [
+        (g, v)
+        for g, v in zip(grads, vectors, strict=True)
+        if g is not None and g.requires_grad  # a linear loss has no second derivative
+    ]
+    if not pairs:
+        return [torch.zeros_like(p) for p in params]
+    products = torch.autograd.grad(
+        [g for g, _ in pairs], params, [v for _, v in pairs], allow_unused=True
+    )
+    return [torch.zeros_like(p) if h is None else h for p, h in zip(params, products, strict=True)]

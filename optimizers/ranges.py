@@ -1,0 +1,105 @@
+"""A small language for the values that a hyperparameter may take.
+
+A rule is a string, so that it can be printed in an error, in a docstring and in
+``python -m optimizers show``:
+
+* ``"[0, 1)"``: a number in the interval; ``inf`` is allowed as an open end. NaN lies in none.
+* ``"int [1, 100)"``: a whole number in the interval (``bool`` is not a number here).
+* ``"bool"``: ``True`` or ``False``.
+* ``"{none, sqrt}"``: one of the words.
+* ``"finite"``: a finite number.
+* ``"callable"``: anything that can be called.
+* ``... or None``: the same, or ``None``; alternatives are joined by ``" or "``.
+
+A tuple or list is checked entry by entry; a one-element tensor by its value.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+_INTERVAL = re.compile(r"^(int )?([\[(])\s*([^,]+?)\s*,\s*([^,]+?)\s*([\])])$")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _in_interval(value: Any, match: re.Match[str]) -> bool:
+    whole, left, low, high, right = match.groups()
+    if not _is_number(value) or (whole and not float(value).is_integer()):
+        return False
+    # Written so that NaN fails both comparisons.
+    above = value >= float(low) if left == "[" else value > float(low)
+    below = value <= float(high) if right == "]" else value < float(high)
+    return bool(above and below)
+
+
+def _matches(value: Any, rule: str) -> bool:
+    if rule == "None":
+        return value is None
+    if rule == "bool":
+        return isinstance(value, bool)
+    if rule == "callable":
+        return callable(value)
+    if rule == "finite":
+        return _is_number(value) and math.isfinite(value)
+    if rule.startswith("{"):
+        return isinstance(value, str) and value in [w.strip() for w in rule[1:-1].split(",")]
+    match = _INTERVAL.match(rule)
+    if match is None:
+        raise ValueError(f"the range {rule!r} cannot be read; see optimizers.ranges.")
+    return _in_interval(value, match)
+
+
+def check(name: str, value: Any, rule: str) -> None:
+    """Raise ``ValueError`` unless ``value`` obeys ``rule``.
+
+    Args:
+        name: The hyperparameter's name, for the message.
+        value: The value; tuples and lists entry by entry, tensors by their single value.
+        rule: The range, in the language of this module.
+
+    Raises:
+        ValueError: Naming the hyperparameter, the rule and the value.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"{name} must be a number or a one-element tensor; "
+                f"got a tensor of shape {tuple(value.shape)}."
+            )
+        # A value on an accelerator is trusted: reading it would stall the device.
+        if value.device.type != "cpu":
+            return
+        value = value.item()
+    if isinstance(value, (tuple, list)):
+        if not value:
+            raise ValueError(f"{name} must not be empty.")
+        for index, entry in enumerate(value):
+            check(f"{name}[{index}]", entry, rule)
+        return
+    if any(_matches(value, part) for part in rule.split(" or ")):
+        return
+    if rule.startswith("{"):
+        verb = "be one of"
+    elif _INTERVAL.match(rule):
+        verb = "lie in"
+    else:
+        verb = "be"
+    raise ValueError(f"{name} must {verb} {rule}; got {value!r}.")
+
+
+def check_all(values: Mapping[str, Any], rules: Mapping[str, str], where: str = "") -> None:
+    """Check every value that has a rule; ``where`` is appended to the message."""
+    for name, rule in rules.items():
+        if name in values:
+            try:
+                check(name, values[name], rule)
+            except ValueError as error:
+                raise ValueError(f"{error}{where}") from None

@@ -1,0 +1,178 @@
+"""The one list of everything in the zoo; tests, tables, benchmarks and notebooks iterate it."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimizers.base import Needs, Optimizer, Scope
+from optimizers.first_order import AMSGrad
+from optimizers.orthogonalized import Muon
+
+FAMILIES = ("first_order", "second_order", "orthogonalized", "forward_only", "layer_dropping")
+KINDS = ("optimizer", "wrapper", "trainer", "utility")
+
+
+def _plain(cls: Callable[..., Any], model: nn.Module, options: Mapping[str, Any]) -> Any:
+    return cls(model.named_parameters(), **options)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the zoo knows of one entry.
+
+    Attributes:
+        cls: The class.
+        family: One of :data:`FAMILIES`.
+        reference: Authors, title, year.
+        example: Arguments with which it makes progress on a small problem.
+        state_floats: Floats kept for each parameter element, as text.
+        kind: One of :data:`KINDS`.
+        evidence: What is proven, by kind (``oracle, reduction, rate, claim``), with where.
+        exceptions: Conformance checks that it is declared not to pass, each with its reason.
+        builder: ``(cls, model, options) -> optimizer`` for a whole model, where
+            ``cls(model.named_parameters(), **options)`` is not the way.
+    """
+
+    cls: type[torch.optim.Optimizer]
+    family: str
+    reference: str
+    example: Mapping[str, Any] = field(default_factory=dict)
+    state_floats: str = "0"
+    kind: str = "optimizer"
+    evidence: Mapping[str, str] = field(default_factory=dict)
+    exceptions: Mapping[str, str] = field(default_factory=dict)
+    builder: Callable[[Any, nn.Module, Mapping[str, Any]], Any] = _plain
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES or self.kind not in KINDS:
+            raise ValueError(f"{self.name}: unknown family {self.family!r} or kind {self.kind!r}.")
+
+    @property
+    def name(self) -> str:
+        """The class's name, under which it is found."""
+        return self.cls.__name__
+
+    @property
+    def needs(self) -> Needs:
+        """What it asks of the objective."""
+        needs: Needs = getattr(self.cls, "needs", Needs.GRADIENTS)
+        return needs
+
+    @property
+    def scope(self) -> Scope:
+        """How much of the model it must see."""
+        scope: Scope = getattr(self.cls, "scope", Scope.ELEMENT)
+        return scope
+
+    @property
+    def summary(self) -> str:
+        """The first line of the docstring."""
+        return (inspect.getdoc(self.cls) or "").split("\n", 1)[0]
+
+    def build(self, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+        """Construct it for a whole model, whatever that takes; ``options`` are its arguments."""
+        optimizer: torch.optim.Optimizer = self.builder(self.cls, model, options)
+        return optimizer
+
+
+def _routed_muon(cls: Any, model: nn.Module, options: Mapping[str, Any]) -> Any:
+    from optimizers.wrappers.routed import muon_with_adamw
+
+    return muon_with_adamw(model, **options)
+
+
+SPECS: Mapping[str, Spec] = MappingProxyType(
+    {
+        spec.name: spec
+        for spec in (
+            Spec(
+                AMSGrad,
+                family="first_order",
+                reference="Reddi, Kale, Kumar: On the Convergence of Adam and Beyond, ICLR 2018",
+                example={"lr": 1e-2},
+                state_floats="3",
+                evidence={
+                    "oracle": "tests/test_amsgrad.py::test_matches_the_oracle",
+                    "reduction": "tests/test_amsgrad.py: AdaGrad, Adam, torch's amsgrad",
+                    "rate": "tests/test_amsgrad.py::test_regret_bound",
+                    "claim": "converges on Reddi's counter-examples, where Adam does not",
+                },
+            ),
+            Spec(
+                Muon,
+                family="orthogonalized",
+                reference="Jordan et al.: Muon, an optimizer for hidden layers, 2024",
+                example={"lr": 2e-2},
+                state_floats="1",
+                evidence={
+                    "oracle": "tests/test_muon.py::test_matches_the_oracle",
+                    "reduction": "tests/test_muon.py: torch.optim.Muon bit by bit",
+                    "rate": "tests/test_muon.py::test_descent_inequality",
+                },
+                builder=_routed_muon,
+            ),
+        )
+    }
+)
+
+
+def list_optimizers(family: str | None = None) -> list[str]:
+    """Return the names in the zoo, in the registry's order.
+
+    Args:
+        family: One of :data:`FAMILIES`, or ``None`` for all.
+
+    Raises:
+        LookupError: If there is no such family.
+    """
+    if family is not None and family not in FAMILIES:
+        raise LookupError(_unknown("family", family, FAMILIES))
+    return [name for name, spec in SPECS.items() if family in (None, spec.family)]
+
+
+def get_spec(name: str) -> Spec:
+    """Return the record of an optimizer.
+
+    Raises:
+        LookupError: If there is none of that name; similar names are suggested.
+    """
+    try:
+        return SPECS[name]
+    except KeyError:
+        raise LookupError(_unknown("optimizer", name, SPECS)) from None
+
+
+def get_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    """Return the class of an optimizer.
+
+    Raises:
+        LookupError: If there is none of that name; similar names are suggested.
+    """
+    return get_spec(name).cls
+
+
+def _unknown(what: str, name: str, known: Any) -> str:
+    lowered = {k.lower(): k for k in known}
+    near = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(lowered[n]) for n in near)}?" if near else ""
+    return f"there is no {what} {name!r}; {hint or 'known: ' + ', '.join(known) + '.'}"
+
+
+__all__ = [
+    "FAMILIES",
+    "KINDS",
+    "SPECS",
+    "Optimizer",
+    "Spec",
+    "get_optimizer",
+    "get_spec",
+    "list_optimizers",
+]
