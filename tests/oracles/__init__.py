@@ -1,0 +1,1 @@
+"""Independent float64 references, written from the papers; they import NumPy alone."""
