@@ -12,6 +12,7 @@ from optimizers.first_order import AMSGrad
 from optimizers.objective import Counts, Objective, OracleError
 from optimizers.orthogonalized import Muon
 from optimizers.registry import Spec, get_optimizer, get_spec, list_optimizers
+from optimizers.wrappers import Routed, Rule, classify, muon_with_adamw
 
 __version__ = "0.1.0"
 
@@ -23,9 +24,13 @@ __all__ = [
     "Objective",
     "Optimizer",
     "OracleError",
+    "Routed",
+    "Rule",
     "Scope",
     "Spec",
+    "classify",
     "get_optimizer",
     "get_spec",
     "list_optimizers",
+    "muon_with_adamw",
 ]

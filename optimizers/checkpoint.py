@@ -72,6 +72,18 @@ def decode(
     return new_groups, states
 
 
+def by_name(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the stored state with each group's parameters in the order of the present names."""
+    ordered = []
+    for index, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
+        ids = _in_order(
+            list(saved["params"]), saved.get("param_names"), group.get("param_names"), index
+        )
+        names = {"param_names": group["param_names"]} if "param_names" in group else {}
+        ordered.append({**saved, **names, "params": ids})
+    return {**state_dict, "param_groups": ordered}
+
+
 def _in_order(ids: list[Any], saved: Any, names: Any, index: int) -> list[Any]:
     """Return the stored ids in the order of the optimizer's own names, where both have names."""
     if saved is None or names is None or list(saved) == list(names):

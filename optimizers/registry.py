@@ -15,6 +15,7 @@ from torch import nn
 from optimizers.base import Needs, Optimizer, Scope
 from optimizers.first_order import AMSGrad
 from optimizers.orthogonalized import Muon
+from optimizers.wrappers import Routed, muon_with_adamw
 
 FAMILIES = ("first_order", "second_order", "orthogonalized", "forward_only", "layer_dropping")
 KINDS = ("optimizer", "wrapper", "trainer", "utility")
@@ -84,8 +85,6 @@ class Spec:
 
 
 def _routed_muon(cls: Any, model: nn.Module, options: Mapping[str, Any]) -> Any:
-    from optimizers.wrappers.routed import muon_with_adamw
-
     return muon_with_adamw(model, **options)
 
 
@@ -117,6 +116,16 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
                     "reduction": "tests/test_muon.py: torch.optim.Muon bit by bit",
                     "rate": "tests/test_muon.py::test_descent_inequality",
                 },
+                builder=_routed_muon,
+            ),
+            Spec(
+                Routed,
+                family="orthogonalized",
+                kind="wrapper",
+                reference="the division of labour of Jordan et al.: Muon, 2024",
+                example={"lr": 2e-2, "adamw_lr": 1e-2},
+                state_floats="1 (Muon) or 2 (AdamW)",
+                evidence={"reduction": "tests/test_routed.py: its inner rules apart, bit by bit"},
                 builder=_routed_muon,
             ),
         )

@@ -1,0 +1,397 @@
+"""One optimizer for a whole model: each parameter goes to the rule that suits it."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimizers import checkpoint
+from optimizers.oracle import Needs
+from optimizers.orthogonalized import Muon
+from optimizers.wrappers.roles import Weight, classify
+
+InnerGroups = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule inside :class:`Routed`.
+
+    Attributes:
+        name: How the rule is called in tables and groups.
+        build: ``build(groups) -> optimizer``, for a list of parameter groups whose ``params`` are
+            ``(name, parameter)`` pairs. Any :class:`torch.optim.Optimizer` that works from
+            ``.grad``.
+        wants: Whether the rule takes a parameter; the first rule that does gets it.
+        options: Options of the group into which a parameter goes; parameters with equal options
+            share a group.
+    """
+
+    name: str
+    build: Callable[[InnerGroups], torch.optim.Optimizer]
+    wants: Callable[[Weight], bool]
+    options: Callable[[Weight], Mapping[str, Any]] = lambda weight: {}
+
+
+class Routed(torch.optim.Optimizer):
+    r"""Several rules behind one optimizer: one scheduler, one ``state_dict``, one ``step``.
+
+    Each parameter goes to the first rule that wants it; the closure is evaluated once. The rules'
+    groups are this optimizer's groups. All groups show one learning rate, that of the first rule,
+    and carry ``lr_scale``, the ratio of their own to it: whatever a scheduler does to ``lr``,
+    multiplicative or not, the ratio stays. A group's rate in effect is ``lr * lr_scale``.
+
+    ``print(optimizer)`` shows who got which rule and why.
+
+    Args:
+        weights: A model (its parameters are classified by :func:`classify`) or a list of
+            :class:`Weight`.
+        rules: The rules, in order of preference.
+
+    State:
+        What the inner rules keep, in one mapping.
+
+    Raises:
+        ValueError: If a parameter is wanted by no rule, two rules share a name, or a rule needs
+            more than gradients.
+
+    Example:
+        >>> import torch, optimizers
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+        >>> optimizer = optimizers.muon_with_adamw(model, lr=0.02)
+        >>> [group["rule"] for group in optimizer.param_groups]
+        ['muon', 'adamw', 'adamw']
+
+    Reference:
+        The division of labour is that of Jordan et al., "Muon", 2024.
+    """
+
+    def __init__(self, weights: nn.Module | Iterable[Weight], rules: Sequence[Rule]) -> None:
+        if isinstance(weights, nn.Module):
+            weights = classify(weights)
+        weights = list(weights)
+        if len({rule.name for rule in rules}) != len(rules):
+            raise ValueError(
+                f"rules must have different names; got {[rule.name for rule in rules]}."
+            )
+        self._inner: dict[str, torch.optim.Optimizer] = {}
+        self._why = {w.name: (w.role, w.reason) for w in weights}
+        for rule, groups in _distribute(weights, rules).items():
+            inner = rule.build(groups)
+            _refuse_unless_gradients(inner, rule.name)
+            self._inner[rule.name] = inner
+        base_lr = next(iter(self._inner.values())).param_groups[0]["lr"]
+        groups = []
+        for name, inner in self._inner.items():
+            for group in inner.param_groups:
+                group["rule"] = name
+                group["lr_scale"] = _ratio(group["lr"], base_lr)
+                group["lr"] = _copy(base_lr)
+                groups.append(group)
+            _make_state(inner)
+        self._building = True
+        super().__init__(groups, {"lr": base_lr})
+        self._building = False
+        self._share_state()
+
+    # ------------------------------------------------------------------ stepping
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Evaluate the closure once, then let every rule take its step.
+
+        Raises:
+            RuntimeError: For sparse gradients.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        elif self._is_dry():
+            return None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.layout is not torch.strided:
+                    raise RuntimeError(
+                        "Routed does not support sparse gradients; build the layer with "
+                        "sparse=False, or give it an optimizer of its own."
+                    )
+        rates = [group["lr"] for group in self.param_groups]
+        try:
+            for group, lr in zip(self.param_groups, rates, strict=True):
+                group["lr"] = lr * group["lr_scale"]
+            for inner in self._inner.values():
+                inner.step()
+        finally:
+            for group, lr in zip(self.param_groups, rates, strict=True):
+                group["lr"] = lr
+        return loss
+
+    def _is_dry(self) -> bool:
+        """Whether this is a checkpointer's step: rates 0, gradients zero or absent."""
+        for group in self.param_groups:
+            lr = group["lr"]
+            if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:
+                return False
+        return not any(
+            p.grad is not None and (p.grad.is_sparse or bool(p.grad.any()))
+            for group in self.param_groups
+            for p in group["params"]
+        )
+
+    # ------------------------------------------------------------------ groups and state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to one of the rules, named by its key ``rule``.
+
+        Raises:
+            ValueError: If ``rule`` is missing or unknown.
+        """
+        if self._building:
+            super().add_param_group(param_group)
+            return
+        group = dict(param_group)
+        name = group.pop("rule", None)
+        if name not in self._inner:
+            raise ValueError(
+                f"the group must name its rule, one of {list(self._inner)}; got {name!r}."
+            )
+        inner = self._inner[name]
+        reference = next(g for g in self.param_groups if g["rule"] == name)
+        lr = group.pop("lr", None)
+        taken = {id(p) for g in self.param_groups for p in g["params"]}
+        pairs = list(group["params"]) if not isinstance(group["params"], Tensor) else [None]
+        if any(id(p[1] if isinstance(p, tuple) else p) in taken for p in pairs):
+            raise ValueError("some parameters appear in more than one parameter group")
+        inner.add_param_group({**group, "lr": reference["lr"]})
+        added = inner.param_groups[-1]
+        added["rule"] = name
+        added["lr_scale"] = reference["lr_scale"] if lr is None else _ratio(lr, reference["lr"])
+        _make_state(inner)
+        self.param_groups.append(added)
+
+    def _share_state(self) -> None:
+        """Let all rules keep their state in one mapping, which is this optimizer's."""
+        shared: defaultdict[Tensor, Any] = defaultdict(dict)
+        for inner in self._inner.values():
+            shared.update(inner.state)
+        for inner in self._inner.values():
+            inner.state = shared
+        self.state = shared
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what ``state_dict`` returned; a state that is refused changes nothing.
+
+        Raises:
+            ValueError: If groups, rules, names or state do not fit.
+        """
+        loaded = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = pre_hook(self, loaded)
+            if result is not None:
+                loaded = dict(result)
+        groups, _ = checkpoint.decode(loaded, self.param_groups, "Routed")
+        rules = [group["rule"] for group in self.param_groups]
+        if [group["rule"] for group in groups] != rules:
+            raise ValueError(
+                f"the loaded state has the rules {[g['rule'] for g in groups]}, this optimizer "
+                f"has {rules}."
+            )
+        ordered = checkpoint.by_name(loaded, self.param_groups)
+        before = {name: dict(inner.__dict__) for name, inner in self._inner.items()}
+        try:
+            for name, inner in self._inner.items():
+                own = [g for g in ordered["param_groups"] if g["rule"] == name]
+                ids = {i for g in own for i in g["params"]}
+                state = {i: s for i, s in ordered["state"].items() if i in ids}
+                inner.load_state_dict({"state": state, "param_groups": own})
+        except Exception:
+            for name, inner in self._inner.items():
+                inner.__dict__.update(before[name])
+            raise
+        taken = {name: iter(inner.param_groups) for name, inner in self._inner.items()}
+        self.param_groups = [next(taken[name]) for name in rules]
+        for inner in self._inner.values():
+            _make_state(inner)
+        self._share_state()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy the inner rules too; they share groups and state with this object."""
+        return {
+            **super().__getstate__(),
+            "_inner": self._inner,
+            "_why": self._why,
+            "_building": False,
+        }
+
+    # ------------------------------------------------------------------ explaining
+
+    def table(self) -> str:
+        """Return who got which rule, at which rate, and why, as text."""
+        rows = [("parameter", "shape", "rule", "rate", "role", "why")]
+        for group in self.param_groups:
+            rate = f"{float(group['lr'] * group['lr_scale']):.3g}"
+            names = group.get("param_names") or [f"#{i}" for i in range(len(group["params"]))]
+            for name, p in zip(names, group["params"], strict=True):
+                role, why = self._why.get(name, ("given", "added by hand"))
+                shape = "x".join(map(str, p.shape)) or "()"
+                rows.append((name, shape, group["rule"], rate, role, why))
+        widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"Routed(\n{self.table()}\n)"
+
+
+def muon_with_adamw(
+    model: nn.Module,
+    lr: float | Tensor = 0.02,
+    *,
+    adamw_lr: float = 3e-4,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    example_inputs: Any = None,
+    roles: Mapping[str, str] | None = None,
+    **muon: Any,
+) -> Routed:
+    """Return Muon for the hidden matrices of a model and AdamW for everything else.
+
+    Hidden and packed matrices go to :class:`Muon`; embeddings, tied weights, heads, the first
+    convolution, thin matrices, and vectors go to ``torch.optim.AdamW`` (fused). What could not be
+    classified goes to AdamW with a warning that names it.
+
+    Args:
+        model: The model.
+        lr: Muon's rate. A scheduler moves both rates together.
+        adamw_lr: AdamW's rate.
+        weight_decay: Decoupled decay of every matrix and table; vectors get none.
+        betas: Of AdamW.
+        eps: Of AdamW.
+        example_inputs: Inputs of one forward pass from which head and first convolution are read;
+            see :func:`classify`.
+        roles: Roles that you know better, by glob pattern of the name; see :func:`classify`.
+        **muon: Further options of :class:`Muon` (``momentum``, ``adjust_lr_fn`` ...).
+
+    Raises:
+        ValueError: For an option outside its range, or a model without trainable parameters.
+        TypeError: For an option that Muon does not have.
+    """
+    weights = classify(model, example_inputs=example_inputs, roles=roles)
+    unclear = [w for w in weights if w.role == "unclassified"]
+    if unclear:
+        listing = "; ".join(f"{w.name} {tuple(w.parameter.shape)}: {w.reason}" for w in unclear)
+        warnings.warn(
+            f"these parameters could not be classified and go to AdamW: {listing}. Say what they "
+            'are with roles={"pattern": "hidden"}.',
+            stacklevel=2,
+        )
+    if not any(w.role in ("hidden", "packed") for w in weights):
+        warnings.warn(
+            "the model has no hidden matrix: every parameter goes to AdamW.", stacklevel=2
+        )
+    ratio = _ratio(adamw_lr, lr) if float(lr) else None
+    if ratio is None:
+        raise ValueError("lr must be positive at construction: it fixes the ratio of the rates.")
+
+    def build_muon(groups: InnerGroups) -> torch.optim.Optimizer:
+        return Muon(groups, lr, weight_decay=weight_decay, **muon)
+
+    def build_adamw(groups: InnerGroups) -> torch.optim.Optimizer:
+        parameters = [p for group in groups for _, p in group["params"]]
+        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+        return torch.optim.AdamW(groups, lr=adamw_lr, betas=betas, eps=eps, fused=fused or None)
+
+    return Routed(
+        weights,
+        [
+            Rule(
+                "muon",
+                build_muon,
+                wants=lambda w: w.role in ("hidden", "packed"),
+                options=lambda w: {"splits": w.splits},
+            ),
+            Rule(
+                "adamw",
+                build_adamw,
+                wants=lambda w: True,
+                options=lambda w: {"weight_decay": 0.0 if w.role == "vector" else weight_decay},
+            ),
+        ],
+    )
+
+
+def _distribute(weights: list[Weight], rules: Sequence[Rule]) -> dict[Rule, InnerGroups]:
+    """Return for each rule that got something its groups, by equal options."""
+    groups: dict[Rule, dict[str, dict[str, Any]]] = {}
+    for weight in weights:
+        rule = next((rule for rule in rules if rule.wants(weight)), None)
+        if rule is None:
+            raise ValueError(
+                f"no rule wants {weight.name!r} ({weight.role}: {weight.reason}); add a rule that "
+                "takes it, or freeze it."
+            )
+        options = dict(rule.options(weight))
+        group = groups.setdefault(rule, {}).setdefault(repr(options), {"params": [], **options})
+        group["params"].append((weight.name, weight.parameter))
+    if not groups:
+        raise ValueError("optimizer got an empty parameter list: nothing in the model is trainable")
+    return {rule: list(groups[rule].values()) for rule in rules if rule in groups}
+
+
+def _refuse_unless_gradients(inner: torch.optim.Optimizer, name: str) -> None:
+    needs = getattr(inner, "needs", Needs.GRADIENTS)
+    if needs is not Needs.GRADIENTS or isinstance(inner, torch.optim.LBFGS):
+        raise ValueError(
+            f"the rule {name!r} ({type(inner).__name__}) needs more than gradients; Routed "
+            "evaluates the closure once and hands its gradients to every rule."
+        )
+
+
+def _ratio(lr: Any, base: Any) -> float:
+    return float(lr) / float(base)
+
+
+def _copy(lr: Any) -> Any:
+    return lr.detach().clone() if isinstance(lr, Tensor) else lr
+
+
+def _make_state(inner: torch.optim.Optimizer) -> None:
+    """Create the state of torch's Adam and AdamW, which they would create at their first step.
+
+    A checkpointer looks at the state to learn what to load; half of a state would be half loaded.
+    """
+    if type(inner) not in (torch.optim.Adam, torch.optim.AdamW):
+        return
+    for group in inner.param_groups:
+        on_device = group["fused"] or group["capturable"]
+        for p in group["params"]:
+            if inner.state.get(p):
+                continue
+            step = torch.zeros((), dtype=torch.float32, device=p.device if on_device else None)
+            state = {
+                "step": step,
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+            if group["amsgrad"]:
+                state["max_exp_avg_sq"] = torch.zeros_like(p)
+            inner.state[p] = {
+                key: value.detach() if isinstance(value, Tensor) else value
+                for key, value in state.items()
+            }
+
+
+__all__ = ["Routed", "Rule", "muon_with_adamw"]
