@@ -9,6 +9,7 @@
 
 from optimizers.base import Needs, Optimizer, Scope
 from optimizers.first_order import AMSGrad
+from optimizers.layer_dropping import DropMuon
 from optimizers.objective import Counts, Objective, OracleError
 from optimizers.orthogonalized import Muon
 from optimizers.registry import Spec, get_optimizer, get_spec, list_optimizers
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AMSGrad",
     "Counts",
+    "DropMuon",
     "Muon",
     "Needs",
     "Objective",

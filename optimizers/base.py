@@ -1,8 +1,8 @@
 """The common base class: one ``step`` for every rule, and the traps of torch closed once.
 
 ``step`` probes the objective, hands each parameter's signal to the rule and lets the rule
-finish. A rule overrides some of seven hooks (``probe, init_state, update, update_foreach,
-finish, eval_params, validate``) and nothing else.
+finish. A rule overrides some of eight hooks (``probe, init_state, update, update_foreach,
+finish, prepare, eval_params, validate``) and nothing else.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class Optimizer(torch.optim.Optimizer):
     * ``update(p, g, state, group)``: the rule for one tensor, in place; reads like the paper.
     * ``update_foreach(params, grads, states, group)``: its fast twin for a list of tensors of
       one device and dtype. Must not raise on valid input.
-    * ``finish(loss)``: after all groups, and once at construction: plan the next step.
+    * ``finish(loss)``: after all groups: plan the next step.
+    * ``prepare()``: make the plan that the groups hold effective; after construction, after a
+      group was added, after loading. Apart from ``finish`` because loading must not plan anew.
     * ``eval_params()``: a context in which the parameters hold the weights to deploy.
     * ``validate(group)``: refuse options or shapes that ``ranges`` cannot express.
 
@@ -78,7 +80,10 @@ class Optimizer(torch.optim.Optimizer):
     parameter and already includes the present one inside ``update``. Half-precision parameters
     are updated in float32 (state included) and rounded once; complex parameters arrive as real
     pairs where the rule treats every element alike and are refused otherwise. ``.grad`` is never
-    written. A step that raises leaves parameters and state as they were.
+    written. A step that raises leaves parameters and state as they were. What belongs to the whole
+    optimizer (a seed and a count of draws, a plan, a damping) lives as numbers in
+    ``param_groups[0]``; a group key with a leading underscore describes this process alone and
+    is not loaded.
 
     A non-finite gradient makes that parameter (or, for ``Scope.MODEL``, nothing: the rule
     refuses) non-finite, as in torch, and no other.
@@ -106,7 +111,8 @@ class Optimizer(torch.optim.Optimizer):
             if name in cls.__dict__:
                 raise TypeError(
                     f"{cls.__name__} must not override {name}; override the hooks (probe, "
-                    "init_state, update, update_foreach, finish, eval_params, validate) instead."
+                    "init_state, update, update_foreach, finish, prepare, eval_params, validate) "
+                    "instead."
                 )
 
     def __init__(self, params: Any, defaults: Mapping[str, Any]) -> None:
@@ -120,7 +126,7 @@ class Optimizer(torch.optim.Optimizer):
         self._ready = False
         super().__init__(params, {**own, "format_version": checkpoint.FORMAT_VERSION})
         self._ready = True
-        self.finish(None)
+        self.prepare()
 
     # ------------------------------------------------------------------ the hooks
 
@@ -146,7 +152,10 @@ class Optimizer(torch.optim.Optimizer):
             self.update(p, g, state, group)
 
     def finish(self, loss: Tensor | None) -> None:
-        """Plan the next step; runs after all groups and once at construction."""
+        """Plan the next step; runs once after all groups."""
+
+    def prepare(self) -> None:
+        """Make the stored plan effective; must not change anything when called twice."""
 
     def validate(self, group: Group) -> None:
         """Refuse what ``ranges`` cannot say: options that exclude each other, shapes.
@@ -316,7 +325,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._make_state(p, group)
                 made.append(p)
             if self._ready:
-                self.finish(None)
+                self.prepare()
         except Exception:
             self.param_groups.pop()
             for p in made:
@@ -404,6 +413,7 @@ class Optimizer(torch.optim.Optimizer):
                 foreign = checkpoint.is_foreign(loaded)
                 state[p] = checkpoint.fill(template, values, p, foreign)
         self.__setstate__({"state": state, "param_groups": groups})
+        self.prepare()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

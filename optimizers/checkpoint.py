@@ -102,7 +102,7 @@ def _merge(saved: Mapping[str, Any], group: Mapping[str, Any], foreign: bool) ->
     """Return the group with the stored options laid over the present ones."""
     merged = dict(group)
     for key, value in saved.items():
-        if key in ("params", "param_names", "format_version"):
+        if key in ("params", "param_names", "format_version") or key.startswith("_"):
             continue
         if foreign and key in _TORCH_SWITCHES:
             continue

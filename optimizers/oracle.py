@@ -248,7 +248,8 @@ def as_oracle(
             return _StoredGradients(optimizer)
         raise OracleError(
             f"{optimizer} evaluates the objective itself, and step() was given nothing to "
-            f"evaluate. {_REMEDIES[needs]} Under mixed precision use bfloat16 autocast without a GradScaler."
+            f"evaluate. {_REMEDIES[needs]} Under mixed precision use bfloat16 autocast without a "
+            "GradScaler."
         )
     if not callable(closure):
         raise TypeError(f"closure must be callable or None; got {type(closure).__name__}.")

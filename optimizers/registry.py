@@ -14,6 +14,7 @@ from torch import nn
 
 from optimizers.base import Needs, Optimizer, Scope
 from optimizers.first_order import AMSGrad
+from optimizers.layer_dropping import DropMuon
 from optimizers.orthogonalized import Muon
 from optimizers.wrappers import Routed, muon_with_adamw
 
@@ -117,6 +118,19 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
                     "rate": "tests/test_muon.py::test_descent_inequality",
                 },
                 builder=_routed_muon,
+            ),
+            Spec(
+                DropMuon,
+                family="layer_dropping",
+                reference="Gruntkowska et al.: Drop-Muon, Update Less, Converge Faster, 2025",
+                example={"lr": 2e-2},
+                state_floats="1",
+                evidence={
+                    "oracle": "tests/test_drop_muon.py::test_matches_the_oracle",
+                    "reduction": "tests/test_drop_muon.py: Muon when nothing is dropped",
+                    "rate": "tests/test_drop_muon.py::test_expected_decrease",
+                    "claim": "each step is cheaper; no robust gain in time at toy size",
+                },
             ),
             Spec(
                 Routed,

@@ -71,7 +71,8 @@ def orthogonalize_all(tensors: Sequence[Tensor], group: dict[str, Any]) -> list[
             matrices = matrices if matrices.ndim == 3 else matrices.unsqueeze(0)
             wide.append(matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices)
         factors = _polar(torch.cat(wide), group)
-        for index, part in zip(indices, torch.split(factors, [w.shape[0] for w in wide]), strict=True):
+        parts = torch.split(factors, [w.shape[0] for w in wide])
+        for index, part in zip(indices, parts, strict=True):
             _, rows, columns = matrix_shape(tensors[index].shape, splits)
             part = part.mT if rows > columns else part
             results[index] = part.reshape(tensors[index].shape)
@@ -109,15 +110,19 @@ NS_RANGES = {
 
 def check_matrices(group: dict[str, Any], rule: str) -> None:
     """Refuse parameters that hold no matrix worth orthogonalizing, and ragged coefficients."""
-    rows = group["ns_coefficients"]
+    check_coefficients(group["ns_coefficients"])
+    for p in group["params"]:
+        refuse_vectors(p, group["splits"], rule)
+
+
+def check_coefficients(rows: Any) -> None:
+    """Refuse coefficients that are neither a triple nor a list of triples."""
     table = [rows] if isinstance(rows[0], (int, float)) else rows
     for row in table:
         if len(row) != 3:
             raise ValueError(
                 f"ns_coefficients must be a triple (a, b, c) or a list of triples; got {rows!r}."
             )
-    for p in group["params"]:
-        refuse_vectors(p, group["splits"], rule)
 
 
 def refuse_vectors(p: Tensor, splits: int, rule: str) -> None:

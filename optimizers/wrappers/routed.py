@@ -103,7 +103,7 @@ class Routed(torch.optim.Optimizer):
     # ------------------------------------------------------------------ stepping
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Evaluate the closure once, then let every rule take its step.
 
         Raises:

@@ -1,0 +1,294 @@
+"""Drop-Muon: Muon that updates a random suffix of the layers and skips the rest's backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimizers.base import Group, Optimizer, Scope, Signal, State
+from optimizers.functional import decay_, ema_
+from optimizers.layer_dropping.sampling import cutoff_probabilities, draw_cutoff
+from optimizers.linalg import MUON_COEFFICIENTS, dual_norm_spectral
+from optimizers.oracle import Oracle
+from optimizers.orthogonalized.matrices import (
+    NS_RANGES,
+    as_matrices,
+    check_coefficients,
+    matrix_shape,
+    ns_dtype_name,
+    orthogonalize_all,
+)
+
+
+class DropMuon(Optimizer):
+    r"""Muon on layers ``s..b`` for a cut-off ``s`` drawn anew each step; a group is a layer.
+
+    The layers below the cut-off keep weights and momentum, and their backward pass is not run:
+    the next step's layers are drawn when a step ends, and until then the parameters of the others
+    require no gradient, so the ordinary loop (zero_grad, forward, backward, step) stops at the
+    cut-off by itself. Each step is cheaper and more steps are needed; at small scale the two
+    cancel, so measure before you rely on a gain. Use it where the backward pass of the early
+    layers dominates.
+
+    The rule, for each matrix :math:`W` of an active layer with gradient :math:`G`:
+
+    .. math::
+        M &\leftarrow \mu M + (1-\mu) G \\
+        W &\leftarrow W - \eta\, \mathrm{NS}(M) \quad\text{(lmo)} \\
+        W &\leftarrow W - \eta\, \langle M, \mathrm{NS}(M)\rangle\, \mathrm{NS}(M) \quad\text{(sharp)}
+
+    and for a vector the same in the Euclidean norm, NS(m) = m/||m||. With the exact polar factor,
+    momentum 0 and ``sharp`` steps of :math:`\eta = 1/L_i`, layer-wise smoothness gives
+    :math:`E f(X^+) \le f(X) - \sum_i q_i \|\nabla_i f\|_*^2/(2L_i)` with inclusion probabilities
+    :math:`q_i` (derived).
+
+    The flags: only parameters that you left trainable are switched, and :meth:`release` (or
+    leaving ``with optimizer.dropping():``) gives every flag back. To freeze a layer yourself,
+    call ``release()`` first; the next plan respects your flags.
+
+    Args:
+        params: Layers from input to output: a list of groups, or ``model.named_parameters()``
+            (parameters of one module form a layer), or ``model.parameters()`` (each parameter of
+            two or more dimensions begins a layer, vectors join the one before).
+        lr: :math:`\eta` in [0, inf); may differ by layer. About 0.02 for ``lmo``; ``1/L_i`` for
+            ``sharp``.
+        momentum: :math:`\mu` in [0, 1), the weight of the old momentum.
+        weight_decay: Decoupled decay of active layers, in [0, inf) (ours; the paper has none).
+        sampling: ``"uniform"``, ``"full"`` (then this is Muon without Nesterov), ``"epoch_shift"``
+            or the probabilities of the cut-offs, one per layer, the first one positive.
+        shift: Sharpness of ``"epoch_shift"``, in [0, inf).
+        step_rule: ``"lmo"`` or ``"sharp"``.
+        seed: Of the draws. All ranks must share it, and do by default.
+        ns_coefficients: As for :class:`Muon`, with ``eps, eps_mode, ns_steps, ns_dtype, polar``.
+        eps: See :class:`Muon`.
+        ns_steps: See :class:`Muon`.
+        eps_mode: See :class:`Muon`.
+        ns_dtype: See :class:`Muon`.
+        polar: See :class:`Muon`.
+        maximize: Ascend instead of descend.
+        foreach: ``False`` loops, otherwise equal shapes within a layer are batched.
+        compile: Compile the batched update.
+
+    State:
+        ``step`` (), ``momentum_buffer`` of the parameter's shape; zero at the start (the paper
+        leaves the first value open). In ``param_groups[0]``: ``cutoff`` (the plan), ``draws``.
+
+    Raises:
+        ValueError: If an option lies outside its range.
+
+    Reference:
+        Gruntkowska, Maziane, Qu, Richtárik, "Drop-Muon: Update Less, Converge Faster", 2025,
+        algorithm 1 with randomized progressive training.
+    """
+
+    scope = Scope.LAYER
+    ranges = {
+        "lr": "[0, inf)",
+        "momentum": "[0, 1)",
+        "weight_decay": "[0, inf)",
+        "sampling": "{uniform, full, epoch_shift} or [0, 1]",
+        "shift": "[0, inf)",
+        "step_rule": "{lmo, sharp}",
+        "seed": "int [0, inf)",
+        "progress": "[0, 1]",
+        **{name: rule for name, rule in NS_RANGES.items() if name != "splits"},
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        *,
+        sampling: str | Sequence[float] = "uniform",
+        shift: float = 0.5,
+        step_rule: str = "lmo",
+        seed: int = 0,
+        ns_coefficients: Sequence[float] | Sequence[Sequence[float]] = MUON_COEFFICIENTS,
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        eps_mode: str = "clamp",
+        ns_dtype: torch.dtype | str = torch.bfloat16,
+        polar: str = "newton_schulz",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(
+            as_layers(params),
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "sampling": sampling,
+                "shift": shift,
+                "step_rule": step_rule,
+                "seed": seed,
+                "progress": 0.0,
+                "cutoff": -1,
+                "draws": 0,
+                "ns_coefficients": ns_coefficients,
+                "eps": eps,
+                "ns_steps": ns_steps,
+                "eps_mode": eps_mode,
+                "ns_dtype": ns_dtype_name(ns_dtype),
+                "polar": polar,
+                "splits": 1,
+                "maximize": maximize,
+                "foreach": foreach,
+                "compile": compile,
+            },
+        )
+
+    # ------------------------------------------------------------------ the plan
+
+    @property
+    def probabilities(self) -> list[float]:
+        """The probability of each layer to be the cut-off, as of now."""
+        plan = self.param_groups[0]
+        return cutoff_probabilities(
+            plan["sampling"],
+            len(self.param_groups),
+            progress=plan["progress"],
+            shift=plan["shift"],
+        )
+
+    def active(self) -> list[int]:
+        """Return the layers that the next step updates."""
+        return list(range(self.param_groups[0]["cutoff"], len(self.param_groups)))
+
+    def set_progress(self, progress: float) -> None:
+        """Tell ``"epoch_shift"`` which part of the training is done; the next draw uses it.
+
+        Raises:
+            ValueError: If ``progress`` lies outside [0, 1].
+        """
+        if not 0 <= progress <= 1:
+            raise ValueError(f"progress must lie in [0, 1]; got {progress!r}.")
+        self.param_groups[0]["progress"] = float(progress)
+
+    def release(self) -> None:
+        """Give back every ``requires_grad`` flag; the next step's end drops layers again."""
+        for group in self.param_groups:
+            for p, dropped in zip(group["params"], group.get("_dropped", ()), strict=False):
+                if dropped:
+                    p.requires_grad_(True)
+            group["_dropped"] = [False] * len(group["params"])
+
+    @contextmanager
+    def dropping(self) -> Iterator[DropMuon]:
+        """Return a context that drops layers inside and gives every flag back on leaving."""
+        self.prepare()
+        try:
+            yield self
+        finally:
+            self.release()
+
+    def validate(self, group: Group) -> None:
+        """Refuse coefficients that are no triples."""
+        check_coefficients(group["ns_coefficients"])
+
+    def prepare(self) -> None:
+        """Check the probabilities against the layers, draw if nothing is planned, set flags."""
+        plan = self.param_groups[0]
+        p = self.probabilities
+        if not 0 <= plan["cutoff"] < len(self.param_groups):
+            plan["cutoff"] = draw_cutoff(p, plan["seed"], plan["draws"])
+        self._set_flags()
+
+    def finish(self, loss: Tensor | None) -> None:
+        """Draw the next step's cut-off and switch the flags."""
+        plan = self.param_groups[0]
+        plan["draws"] += 1
+        plan["cutoff"] = draw_cutoff(self.probabilities, plan["seed"], plan["draws"])
+        self._set_flags()
+
+    def _set_flags(self) -> None:
+        self.release()
+        for group in self.param_groups[: self.param_groups[0]["cutoff"]]:
+            # Only what the user left trainable is switched off, and remembered.
+            group["_dropped"] = [p.requires_grad for p in group["params"]]
+            for p in group["params"]:
+                p.requires_grad_(False)
+
+    # ------------------------------------------------------------------ the rule
+
+    def probe(self, oracle: Oracle) -> tuple[Tensor | None, Signal]:
+        """Take the gradients of the active layers; a dropped layer's stale one is not used."""
+        active = {id(p) for i in self.active() for p in self.param_groups[i]["params"]}
+        return oracle.evaluate(), lambda p: p.grad if id(p) in active else None
+
+    def init_state(self, p: Tensor, group: Group) -> State:
+        """Return the momentum, at zero."""
+        return {"momentum_buffer": torch.zeros_like(p)}
+
+    def update(self, p: Tensor, g: Tensor, state: State, group: Group) -> None:
+        """The rule for one parameter."""
+        m = state["momentum_buffer"]
+        m.lerp_(g, 1 - group["momentum"])
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        (direction,) = _directions([m], group)
+        p.sub_(group["lr"] * direction)
+
+    def update_foreach(
+        self, params: list[Tensor], grads: list[Tensor], states: list[State], group: Group
+    ) -> None:
+        """The rule for a whole layer."""
+        ms = [s["momentum_buffer"] for s in states]
+        ema_(ms, grads, group["momentum"])
+        decay_(params, group["lr"], group["weight_decay"])
+        steps = _directions(ms, group)
+        torch._foreach_sub_(params, torch._foreach_mul(steps, group["lr"]))
+
+
+def as_layers(params: Any) -> Any:
+    """Return parameters as groups, one for each layer, from input to output."""
+    if isinstance(params, (Tensor, torch.nn.Module)):
+        return params  # refused by the base, with its message
+    entries = list(params)
+    if not entries or isinstance(entries[0], dict):
+        return entries
+    layers: list[tuple[str | None, list[Any]]] = []
+    for entry in entries:
+        if isinstance(entry, tuple):
+            module = entry[0].rpartition(".")[0]
+            begins = not layers or layers[-1][0] != module
+        else:
+            module, begins = None, not layers or getattr(entry, "ndim", 2) >= 2
+        if begins:
+            layers.append((module, []))
+        layers[-1][1].append(entry)
+    return [{"params": members} for _, members in layers]
+
+
+def _is_matrix(p: Tensor) -> bool:
+    if p.ndim < 2:
+        return False
+    _, rows, columns = matrix_shape(p.shape)
+    return rows * columns > 1
+
+
+def _directions(momenta: list[Tensor], group: Group) -> list[Tensor]:
+    """Return each parameter's step before the rate, in the momentum's dtype."""
+    sharp = group["step_rule"] == "sharp"
+    matrices = [i for i, m in enumerate(momenta) if _is_matrix(m)]
+    factors = orthogonalize_all([momenta[i] for i in matrices], group)
+    directions: list[Tensor] = list(momenta)
+    for i, factor in zip(matrices, factors, strict=True):
+        factor = factor.to(momenta[i].dtype)
+        if sharp:
+            m, o = as_matrices(momenta[i]), as_matrices(factor)
+            factor = (dual_norm_spectral(m, o)[..., None, None] * o).reshape(factor.shape)
+        directions[i] = factor
+    if not sharp:
+        for i, m in enumerate(momenta):
+            if not _is_matrix(m):
+                norm = torch.linalg.vector_norm(m)
+                # The zero vector has no direction: 0/1, without reading the norm.
+                directions[i] = m / torch.where(norm > 0, norm, 1)
+    return directions
