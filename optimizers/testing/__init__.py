@@ -1,0 +1,1 @@
+"""Problems, checks and training tasks with which to test any torch optimizer."""
