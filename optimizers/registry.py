@@ -89,6 +89,11 @@ def _routed_muon(cls: Any, model: nn.Module, options: Mapping[str, Any]) -> Any:
     return muon_with_adamw(model, **options)
 
 
+_HALF_PRECISION = (
+    "the iteration runs in bfloat16, whose rounding depends on how the compiler fuses it; with "
+    "ns_dtype=float64 they agree (tested)"
+)
+
 SPECS: Mapping[str, Spec] = MappingProxyType(
     {
         spec.name: spec
@@ -117,6 +122,7 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
                     "reduction": "tests/test_muon.py: torch.optim.Muon bit by bit",
                     "rate": "tests/test_muon.py::test_descent_inequality",
                 },
+                exceptions={"compiled_equals_eager": _HALF_PRECISION},
                 builder=_routed_muon,
             ),
             Spec(
@@ -130,6 +136,13 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
                     "reduction": "tests/test_drop_muon.py: Muon when nothing is dropped",
                     "rate": "tests/test_drop_muon.py::test_expected_decrease",
                     "claim": "each step is cheaper; no robust gain in time at toy size",
+                },
+                exceptions={
+                    "one_group_equals_many": "a group is a layer",
+                    "parameter_order_is_irrelevant": "the order of the layers is the method",
+                    "compiled_equals_eager": _HALF_PRECISION,
+                    "late_parameter_starts_afresh": "which layers a step updates depends on how "
+                    "many steps were taken before",
                 },
             ),
             Spec(

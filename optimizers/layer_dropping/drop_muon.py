@@ -48,7 +48,10 @@ class DropMuon(Optimizer):
 
     The flags: only parameters that you left trainable are switched, and :meth:`release` (or
     leaving ``with optimizer.dropping():``) gives every flag back. To freeze a layer yourself,
-    call ``release()`` first; the next plan respects your flags.
+    call ``release()`` first; the next plan respects your flags. Construction switches none, so the
+    first backward pass is a full one (only the planned layers are updated), and a checkpointer
+    that looks at the flags sees the model as it is; before loading a checkpoint into an optimizer
+    that has already stepped, call ``release()``.
 
     Args:
         params: Layers from input to output: a list of groups, or ``model.named_parameters()``
@@ -183,7 +186,7 @@ class DropMuon(Optimizer):
     @contextmanager
     def dropping(self) -> Iterator[DropMuon]:
         """Return a context that drops layers inside and gives every flag back on leaving."""
-        self.prepare()
+        self._set_flags()
         try:
             yield self
         finally:
@@ -199,7 +202,8 @@ class DropMuon(Optimizer):
         p = self.probabilities
         if not 0 <= plan["cutoff"] < len(self.param_groups):
             plan["cutoff"] = draw_cutoff(p, plan["seed"], plan["draws"])
-        self._set_flags()
+        if plan["draws"] > 0:
+            self._set_flags()
 
     def finish(self, loss: Tensor | None) -> None:
         """Draw the next step's cut-off and switch the flags."""

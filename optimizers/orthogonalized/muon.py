@@ -178,6 +178,6 @@ def _ratio(p: Tensor, group: Group) -> float:
 def _add_(p: Tensor, o: Tensor, factor: Any) -> None:
     """``p <- p + factor * o`` for a float or a 0-D tensor factor."""
     if isinstance(factor, Tensor):
-        p.add_(factor * o)
+        p.add_(factor * o.to(p.dtype))  # cast first: the product must not round to half precision
     else:
         p.add_(o, alpha=factor)
