@@ -1,0 +1,254 @@
+"""Objective and oracles: every need is answered rightly, or refused with the remedy."""
+
+import pytest
+import torch
+from torch import nn
+
+from optimizers import Objective, OracleError
+from optimizers.oracle import Needs, as_oracle, restored
+
+
+@pytest.fixture
+def problem():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    return model, Objective(model, nn.functional.mse_loss).on(x, y)
+
+
+def flat(tensors):
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def dense(objective, params, kind):
+    """Return the Hessian or Gauss-Newton matrix through torch.func, densely."""
+    model, (x, y) = objective.model, (objective.inputs, objective.targets)
+    names = objective.names(params)
+    sizes = [p.numel() for p in params]
+
+    def unflatten(w):
+        parts = torch.split(w, sizes)
+        return {n: v.reshape(p.shape) for n, v, p in zip(names, parts, params, strict=True)}
+
+    def outputs(w):
+        return torch.func.functional_call(model, unflatten(w), (x,)).reshape(-1)
+
+    def loss(w):
+        return nn.functional.mse_loss(outputs(w).reshape(y.shape), y)
+
+    w = flat([p.detach() for p in params])
+    if kind == "hessian":
+        return torch.func.hessian(loss)(w)
+    J = torch.func.jacrev(outputs)(w)
+    return J.T @ J * (2 / y.numel())  # the output Hessian of the mean squared error
+
+
+def test_is_a_plain_closure(problem):
+    model, objective = problem
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 7.0)
+    loss = objective()
+    model.zero_grad()
+    nn.functional.mse_loss(model(objective.inputs), objective.targets).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    objective()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+    assert not loss.requires_grad
+    assert objective.counts.gradient == 2
+
+
+def test_lbfgs_accepts_it(problem):
+    model, objective = problem
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5)
+    first = optimizer.step(objective)
+    for _ in range(5):
+        last = optimizer.step(objective)
+    assert last < first
+    assert objective.counts.gradient > 6
+
+
+def test_gradient_does_not_touch_grad(problem):
+    model, objective = problem
+    params = list(model.parameters())
+    loss, grads = objective.gradient(params)
+    assert all(p.grad is None for p in params)
+    objective()
+    assert all(torch.equal(p.grad, g) for p, g in zip(params, grads, strict=True))
+    assert torch.equal(loss, objective.loss())
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+def test_products_equal_the_dense_matrix(problem, kind):
+    model, objective = problem
+    params = list(model.parameters())
+    vectors = [torch.randn(p.shape, dtype=p.dtype) for p in params]
+    product = objective.hvp if kind == "hessian" else objective.ggn
+    result = flat(product(params, vectors))
+    expected = dense(objective, params, kind) @ flat(vectors)
+    # A few hundred products of order one in double precision.
+    torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-12)
+    assert getattr(objective.counts, "hvp" if kind == "hessian" else "ggn") == 1
+
+
+@pytest.mark.parametrize("kind", ["hvp", "ggn"])
+def test_products_ask_about_some_parameters_only(problem, kind):
+    model, objective = problem
+    params = [model[2].weight]
+    vectors = [torch.randn(2, 4, dtype=torch.float64)]
+    result = flat(getattr(objective, kind)(params, vectors))
+    matrix = dense(objective, params, "hessian" if kind == "hvp" else "ggn")
+    torch.testing.assert_close(result, matrix @ flat(vectors), rtol=1e-11, atol=1e-12)
+
+
+def test_products_of_a_linear_loss_are_zero():
+    model = nn.Linear(3, 1)
+    objective = Objective(model, lambda out, _: out.mean()).on(torch.ones(2, 3), None)
+    vectors = [torch.ones_like(p) for p in model.parameters()]
+    for product in (objective.hvp, objective.ggn):
+        assert all(not h.any() for h in product(list(model.parameters()), vectors))
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3])
+def test_population_equals_the_loop(problem, chunk):
+    model, objective = problem
+    params = [model[0].weight, model[2].bias]
+    members = [torch.randn(7, *p.shape, dtype=p.dtype) for p in params]
+    losses = objective.population(params, members, chunk=chunk)
+    before = [p.detach().clone() for p in params]
+    with restored(params), torch.no_grad():
+        expected = []
+        for k in range(7):
+            for p, m in zip(params, members, strict=True):
+                p.copy_(m[k])
+            expected.append(objective.loss())
+    torch.testing.assert_close(losses, torch.stack(expected), rtol=1e-13, atol=1e-14)
+    assert all(torch.equal(p.detach(), b) for p, b in zip(params, before, strict=True))
+    assert objective.counts.loss == 14
+
+
+def test_population_refuses_what_draws_numbers_or_keeps_statistics():
+    for layer in (nn.Dropout(0.5), nn.BatchNorm1d(3)):
+        model = nn.Sequential(nn.Linear(3, 3), layer)
+        objective = Objective(model, nn.functional.mse_loss)
+        bound = objective.on(torch.randn(4, 3), torch.randn(4, 3))
+        params = list(model[0].parameters())
+        with pytest.raises(OracleError, match=r"model\.eval\(\)"):
+            bound.population(params, [torch.stack([p.detach()] * 2) for p in params])
+        model.eval()
+        assert bound.population(params, [torch.stack([p.detach()] * 2) for p in params]).shape == (
+            2,
+        )
+
+
+def test_several_inputs(problem):
+    model = nn.Bilinear(2, 3, 1)
+    objective = Objective(model, nn.functional.mse_loss)
+    bound = objective.on((torch.ones(4, 2), torch.ones(4, 3)), torch.zeros(4, 1))
+    assert bound().ndim == 0
+
+
+def test_refusals_of_the_objective(problem):
+    model, objective = problem
+    with pytest.raises(TypeError, match="Module"):
+        Objective(lambda x: x, nn.functional.mse_loss)
+    with pytest.raises(TypeError, match="callable"):
+        Objective(model, 3)
+    with pytest.raises(OracleError, match=r"objective\.on"):
+        Objective(model, nn.functional.mse_loss)()
+    with pytest.raises(OracleError, match="single number"):
+        Objective(model, lambda out, y: out - y).on(objective.inputs, objective.targets)()
+    with pytest.raises(OracleError, match="same model"):
+        objective.names([nn.Parameter(torch.zeros(2))])
+
+
+# ------------------------------------------------------------------ from step's argument to oracle
+
+
+@pytest.mark.parametrize("needs", [n for n in Needs if n is not Needs.GRADIENTS])
+def test_nothing_to_evaluate_is_refused_with_the_remedy(needs):
+    with pytest.raises(OracleError, match=r"step\(") as caught:
+        as_oracle(None, needs, "Rule", [])
+    assert "Rule" in str(caught.value)
+
+
+def test_a_plain_closure_does_not_show_outputs():
+    with pytest.raises(OracleError, match=r"Objective\(model, loss_fn\)"):
+        as_oracle(lambda: torch.zeros(()), Needs.OUTPUTS, "EGN", [])
+
+
+def test_inference_mode_is_for_losses():
+    with torch.inference_mode():
+        as_oracle(lambda: torch.zeros(()), Needs.LOSS, "Rule", [])
+        with pytest.raises(OracleError, match="inference_mode"):
+            as_oracle(lambda: torch.zeros(()), Needs.HESSIAN, "Rule", [])
+
+
+def test_a_closure_that_calls_backward_is_no_loss():
+    p = nn.Parameter(torch.ones(2))
+
+    def closure():
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    oracle = as_oracle(closure, Needs.LOSS, "Rule", [p])
+    with pytest.raises(OracleError, match=r"Do not call backward\(\)"):
+        oracle.loss()
+    oracle = as_oracle(closure, Needs.HESSIAN, "Rule", [p])
+    with pytest.raises(OracleError, match=r"Do not call backward\(\)"):
+        oracle.hvp([p], [torch.ones(2)])
+
+
+def test_a_plain_closure_gives_losses_products_and_gradients():
+    p = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def loss():
+        return (p**3).sum()
+
+    def backward():
+        p.grad = None
+        value = loss()
+        value.backward()
+        return value
+
+    assert as_oracle(loss, Needs.LOSS, "Rule", [p]).loss() == 9
+    (product,) = as_oracle(loss, Needs.HESSIAN, "Rule", [p]).hvp([p], [torch.ones(2)])
+    assert product.tolist() == [6, 12]
+    oracle = as_oracle(backward, Needs.CLOSURE, "Rule", [p])
+    _, (first,) = oracle.gradient([p])
+    with torch.no_grad():
+        p.zero_()
+    _, (second,) = oracle.gradient([p])
+    assert first.tolist() == [3, 12]  # a copy: the second evaluation did not change it
+    assert second.tolist() == [0, 0]
+
+
+def test_a_closure_must_return_one_number():
+    for returned, message in ((None, "return the loss"), (torch.zeros(3), "one number")):
+        oracle = as_oracle(lambda value=returned: value, Needs.LOSS, "Rule", [])
+        with pytest.raises(OracleError, match=message):
+            oracle.loss()
+
+
+def test_what_a_rule_did_not_declare_is_refused():
+    oracle = as_oracle(None, Needs.GRADIENTS, "Rule", [])
+    for ask in (
+        lambda: oracle.loss(),
+        lambda: oracle.gradient([]),
+        lambda: oracle.hvp([], []),
+        lambda: oracle.ggn([], []),
+        lambda: oracle.population([], []),
+        lambda: oracle.objective,
+    ):
+        with pytest.raises(OracleError, match="Rule needs"):
+            ask()
+
+
+def test_restored_puts_back_the_bits_after_an_exception():
+    p = nn.Parameter(torch.tensor([0.1, 0.2]))
+    before = p.detach().clone()
+    with pytest.raises(ZeroDivisionError), restored([p]):
+        with torch.no_grad():
+            p.add_(1e-8).mul_(3)
+        raise ZeroDivisionError
+    assert torch.equal(p.detach(), before)

@@ -1,0 +1,66 @@
+"""The language of hyperparameter ranges."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optimizers import ranges
+
+
+@pytest.mark.parametrize(
+    ("rule", "good", "bad"),
+    [
+        ("[0, 1)", [0, 0.5, 0.999], [1, -0.1, float("nan"), "0.5", None, True]),
+        ("(0, inf)", [1e-9, 3], [0, float("inf"), -1]),
+        ("(0, 1]", [1, 0.5], [0, 1.1]),
+        ("int [1, 100)", [1, 99, 5.0], [0, 100, 1.5, "3"]),
+        ("bool", [True, False], [1, 0, None]),
+        ("{none, sqrt}", ["none", "sqrt"], ["cubic", None, 1]),
+        ("[0, 1] or None", [None, 0.3], [2, "none"]),
+        ("finite", [1, -2.5], [float("inf"), float("nan"), "1"]),
+        ("callable", [len], [3]),
+    ],
+)
+def test_rules(rule, good, bad):
+    for value in good:
+        ranges.check("x", value, rule)
+    for value in bad:
+        with pytest.raises(ValueError, match="x must"):
+            ranges.check("x", value, rule)
+
+
+def test_message_names_rule_and_value():
+    with pytest.raises(ValueError, match=r"^momentum must lie in \[0, 1\); got 1.0\.$"):
+        ranges.check("momentum", 1.0, "[0, 1)")
+
+
+def test_tuples_are_checked_entry_by_entry():
+    ranges.check("betas", (0.9, 0.99), "[0, 1)")
+    with pytest.raises(ValueError, match=r"betas\[1\] must lie in \[0, 1\); got 1.5"):
+        ranges.check("betas", (0.9, 1.5), "[0, 1)")
+    with pytest.raises(ValueError, match="empty"):
+        ranges.check("betas", (), "[0, 1)")
+
+
+def test_tensors_are_checked_by_value():
+    ranges.check("lr", torch.tensor(0.1), "[0, inf)")
+    with pytest.raises(ValueError, match="lr must lie in"):
+        ranges.check("lr", torch.tensor(-0.1), "[0, inf)")
+    with pytest.raises(ValueError, match="one-element"):
+        ranges.check("lr", torch.ones(2), "[0, inf)")
+
+
+def test_a_rule_that_cannot_be_read_is_an_error_of_its_author():
+    with pytest.raises(ValueError, match="cannot be read"):
+        ranges.check("x", 1.0, "between 0 and 1")
+
+
+@given(st.floats(allow_nan=True, allow_infinity=True))
+def test_half_open_interval_is_what_it_says(value):
+    try:
+        ranges.check("x", value, "[0, 1)")
+        accepted = True
+    except ValueError:
+        accepted = False
+    assert accepted == (0 <= value < 1)
