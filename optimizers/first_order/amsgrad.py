@@ -125,6 +125,11 @@ class AMSGrad(Optimizer):
                 "bias_correction must be 'none' with beta2_schedule (the average is unbiased "
                 f"already); got {group['bias_correction']!r}."
             )
+        if group["beta1_decay"] is not None and group["bias_correction"] != "none":
+            raise ValueError(
+                "bias_correction must be 'none' with beta1_decay (it corrects constant betas); "
+                f"got {group['bias_correction']!r}."
+            )
         if group["beta2_schedule"] is None and beta1 > 0 and beta1 >= math.sqrt(beta2):
             warnings.warn(
                 f"betas {(beta1, beta2)} violate beta1 < sqrt(beta2): the convergence theory of "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,7 +210,8 @@ class Routed(torch.optim.Optimizer):
             for name, inner in self._inner.items():
                 own = [g for g in ordered["param_groups"] if g["rule"] == name]
                 ids = {i for g in own for i in g["params"]}
-                state = {i: s for i, s in ordered["state"].items() if i in ids}
+                # A copy: torch's rules would go on working in the stored tensors themselves.
+                state = {i: deepcopy(s) for i, s in ordered["state"].items() if i in ids}
                 inner.load_state_dict({"state": state, "param_groups": own})
         except Exception:
             for name, inner in self._inner.items():
