@@ -195,6 +195,20 @@ def get_optimizer(name: str) -> type[torch.optim.Optimizer]:
     return get_spec(name).cls
 
 
+def markdown_table() -> str:
+    """Return the table of all entries, as it stands in the README."""
+    lines = [
+        "| optimizer | family | kind | needs | sees | floats per parameter | reference |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| `{s.name}` | {s.family.replace('_', '-')} | {s.kind} | {s.needs.value} "
+        f"| {s.scope.value} | {s.state_floats} | {s.reference} |"
+        for s in SPECS.values()
+    ]
+    return "\n".join(lines)
+
+
 def _unknown(what: str, name: str, known: Any) -> str:
     lowered = {k.lower(): k for k in known}
     near = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)
@@ -211,4 +225,5 @@ __all__ = [
     "get_optimizer",
     "get_spec",
     "list_optimizers",
+    "markdown_table",
 ]

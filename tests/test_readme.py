@@ -1,0 +1,81 @@
+"""Every snippet of the README and of CONTRIBUTING runs, and the generated parts are fresh."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from optimizers.registry import markdown_table
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def blocks(text, language):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def part(name):
+    return re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", README, re.S).group(1).strip()
+
+
+@pytest.mark.filterwarnings("ignore:the model has no hidden matrix")
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_python_snippets_run(name, capsys):
+    namespace = {}
+    found = blocks((ROOT / name).read_text(), "python")
+    assert found
+    for block in found:
+        exec(compile(block, name, "exec"), namespace)  # in order, as a reader would
+
+
+def test_commands_are_real():
+    commands = [
+        line.partition("#")[0].strip()
+        for text in (README, CONTRIBUTING)
+        for block in blocks(text, "console")
+        for line in block.splitlines()
+    ]
+    assert {c.split()[0] for c in commands} <= {"pip", "make", "python"}
+    for command in commands:
+        words = shlex.split(command)
+        if words[0] == "make":  # a dry run: the commands themselves run the tests
+            subprocess.run(["make", "-n", words[1]], cwd=ROOT, check=True, capture_output=True)
+        if words[0] == "pip":
+            assert words[2].startswith("optimizer-zoo")
+            assert 'name = "optimizer-zoo"' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [c for b in blocks(README, "console") for c in b.splitlines() if c.startswith("python")],
+)
+def test_command_line_snippets_run(command):
+    words = [sys.executable, *shlex.split(command)[1:]]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    # `check` ends with 1 when a check fails, which torch's optimizers do.
+    assert done.returncode in (0, 1), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_table_is_the_registry():
+    assert part("table") == markdown_table(), "run: python tests/test_readme.py"
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+if __name__ == "__main__":
+    fresh = re.sub(
+        r"(<!-- table -->\n).*?(<!-- /table -->)",
+        lambda m: m.group(1) + "\n" + markdown_table() + "\n\n" + m.group(2),
+        README,
+        flags=re.S,
+    )
+    (ROOT / "README.md").write_text(fresh)
