@@ -9,15 +9,18 @@
 
 from optimizers.base import Needs, Optimizer, Scope
 from optimizers.first_order import AMSGrad
+from optimizers.forward_only import PolyStep
 from optimizers.layer_dropping import DropMuon
 from optimizers.objective import Counts, Objective, OracleError
 from optimizers.orthogonalized import Muon
 from optimizers.registry import Spec, get_optimizer, get_spec, list_optimizers
+from optimizers.second_order import EGN
 from optimizers.wrappers import Routed, Rule, classify, muon_with_adamw
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EGN",
     "AMSGrad",
     "Counts",
     "DropMuon",
@@ -26,6 +29,7 @@ __all__ = [
     "Objective",
     "Optimizer",
     "OracleError",
+    "PolyStep",
     "Routed",
     "Rule",
     "Scope",

@@ -14,8 +14,10 @@ from torch import nn
 
 from optimizers.base import Needs, Optimizer, Scope
 from optimizers.first_order import AMSGrad
+from optimizers.forward_only import PolyStep
 from optimizers.layer_dropping import DropMuon
 from optimizers.orthogonalized import Muon
+from optimizers.second_order import EGN
 from optimizers.wrappers import Routed, muon_with_adamw
 
 FAMILIES = ("first_order", "second_order", "orthogonalized", "forward_only", "layer_dropping")
@@ -143,6 +145,36 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
                     "compiled_equals_eager": _HALF_PRECISION,
                     "late_parameter_starts_afresh": "which layers a step updates depends on how "
                     "many steps were taken before",
+                },
+            ),
+            Spec(
+                EGN,
+                family="second_order",
+                reference="Korbit et al.: Exact Gauss-Newton Optimization for Training Deep Neural "
+                "Networks, 2024",
+                example={"lr": 0.5, "damping": 0.1},
+                state_floats="0, 1 with momentum",
+                evidence={
+                    "oracle": "tests/test_egn.py",
+                    "reduction": "tests/test_egn.py: SGD, normalised LMS, least squares",
+                    "rate": "tests/test_egn.py: descent and contraction inequalities",
+                },
+            ),
+            Spec(
+                PolyStep,
+                family="forward_only",
+                reference="An T. Le: Training Non-Differentiable Networks via Optimal Transport, "
+                "2026",
+                example={"epsilon": 0.5, "step_radius": 0.5, "probe_radius": 0.5},
+                state_floats="0, 1 with momentum",
+                evidence={
+                    "oracle": "tests/test_polystep.py",
+                    "reduction": "tests/test_polystep.py: linear losses, small radii",
+                    "rate": "tests/test_polystep.py: fixed point on a quadratic",
+                },
+                exceptions={
+                    "parameter_order_is_irrelevant": "the vector of all parameters is cut into "
+                    "particles in the order given",
                 },
             ),
             Spec(

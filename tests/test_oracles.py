@@ -1,7 +1,5 @@
 """The references themselves, against closed forms, reductions and golden values."""
 
-# ruff: noqa: D103 - the tests' names say what they check.
-
 from __future__ import annotations
 
 import ast
@@ -131,7 +129,8 @@ def test_amsgrad_options() -> None:
     decay = amsgrad.AMSGrad([0.0], lr=1.0, betas=(0.8, 0.5), beta1_decay=0.5)
     inverse = amsgrad.AMSGrad([0.0], lr=1.0, betas=(0.8, 0.5), beta1_decay="1/t")
     decay.t = inverse.t = 4
-    assert decay.rates()[1] == pytest.approx(0.1) and inverse.rates()[1] == pytest.approx(0.2)
+    assert decay.rates()[1] == pytest.approx(0.1)
+    assert inverse.rates()[1] == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("C", [3, 10])
@@ -142,7 +141,8 @@ def test_period_three_defeats_adam_and_not_amsgrad(C: int) -> None:
     best = -sum(slopes)  # at x = -1
     adam = list(adam_points(slopes, 1.0, alpha, 0.0, beta2))
     regret = (np.dot(slopes, adam) - best) / T
-    assert regret >= 0.99 * (2 * C - 4) / 3 and adam[-3] == 1.0  # the start of a period
+    assert regret >= 0.99 * (2 * C - 4) / 3
+    assert adam[-3] == 1.0
     for schedule in (None, "1-1/t"):
         opt = amsgrad.AMSGrad(
             [1.0],
@@ -160,7 +160,8 @@ def test_period_three_defeats_adam_and_not_amsgrad(C: int) -> None:
             bound += 0.5 * alpha / np.sqrt(t) * g * g / np.sqrt(opt.vhat[0])
         regret = loss - best
         # Measured .0122 and .0171 (C = 3), .0165 and .0243 (C = 10) at this horizon.
-        assert regret / T <= 0.03 and x < -0.9
+        assert regret / T <= 0.03
+        assert x < -0.9
         if schedule is None:  # the regret inequality for beta1 = 0, width 2
             assert regret <= 2 * np.sqrt(opt.vhat[0]) * np.sqrt(T) / alpha + bound
 
@@ -316,7 +317,8 @@ def test_composition_errors() -> None:
     for T, error in enumerate(known, 1):
         worst = np.abs(1 - composed(polar.quintic_coefficients(1e-3, T, 0.0), x)).max()
         fixed = polar.quintic((15 / 8, -10 / 8, 3 / 8), fixed)
-        assert worst == pytest.approx(error, abs=1e-6) and worst <= np.abs(1 - fixed).max()
+        assert worst == pytest.approx(error, abs=1e-6)
+        assert worst <= np.abs(1 - fixed).max()
     assert worst <= 1e-14
     assert np.abs(1 - fixed).max() == pytest.approx(0.848, abs=1e-3)
 
@@ -411,7 +413,7 @@ def test_muon_reductions() -> None:
     P = np.linalg.qr(rng.normal(size=(5, 5)))[0]
     Q = np.linalg.qr(rng.normal(size=(8, 8)))[0]
     for exact in (True, False):
-        kwargs = dict(lr=0.1, exact=exact, adjust_lr_fn="match_rms_adamw")
+        kwargs = {"lr": 0.1, "exact": exact, "adjust_lr_fn": "match_rms_adamw"}
         a, b, c, d = (muon.Muon(x, **kwargs) for x in (w, P @ w @ Q, w.T, w))
         e = muon.Muon(w, **kwargs, maximize=True)
         for g in gs:
@@ -427,7 +429,8 @@ def test_muon_reductions() -> None:
     still = muon.Muon(w, lr=0.0)
     np.testing.assert_array_equal(still.step(gs[0]), w)
     assert still.m.any()
-    assert muon.ratio(12, 3, "original") == 2 and muon.ratio(3, 12, None) == 1
+    assert muon.ratio(12, 3, "original") == 2
+    assert muon.ratio(3, 12, None) == 1
     zero = muon.Muon(w, lr=0.1, weight_decay=0.0)
     np.testing.assert_array_equal(zero.step(np.zeros_like(w)), w)
 
@@ -503,7 +506,7 @@ def test_sharp_and_lmo_steps() -> None:
     rng = np.random.default_rng(7)
     M, v = rng.normal(size=(4, 6)), rng.normal(size=5)
     args = ([[np.zeros((4, 6)), np.zeros(5)]],)
-    kwargs = dict(lr=1.0, momentum=0.0, exact=True)
+    kwargs = {"lr": 1.0, "momentum": 0.0, "exact": True}
     lmo = drop_muon.DropMuon(*args, **kwargs).step([[M, v]], {0})[0]
     sharp = drop_muon.DropMuon(*args, **kwargs, step_rule="sharp").step([[M, v]], {0})[0]
     nuclear = np.linalg.svd(M, compute_uv=False).sum()
@@ -771,7 +774,8 @@ def test_egn_line_search() -> None:
         end = egn.loss_value(net.outputs(new, x), targets, name)
         assert end <= start + 0.1 * alpha * g @ delta + 1e-15
         trials = np.log(alpha / min(1.5 * previous, 8.0)) / np.log(0.8)
-        assert abs(trials - round(trials)) < 1e-9 and 0 <= round(trials) < 15
+        assert abs(trials - round(trials)) < 1e-9
+        assert 0 <= round(trials) < 15
         seen.append(round(trials))
         previous = alpha
     assert max(seen) > 0  # the search was exercised
@@ -780,7 +784,8 @@ def test_egn_line_search() -> None:
         egn.EGN(w, **model, loss=name, damping=1e-4, lr=8.0, line_search=True, on_failure=choice)
         for choice in ("last", "none")
     )
-    assert not np.array_equal(last.step(targets), w) and np.array_equal(none.step(targets), w)
+    assert not np.array_equal(last.step(targets), w)
+    assert np.array_equal(none.step(targets), w)
     assert last.stepsize == none.stepsize == pytest.approx(8 * 0.8**14)
 
 
@@ -942,7 +947,8 @@ def test_polystep_reductions() -> None:
     # Infinite costs are avoided; if all are infinite nothing moves.
     wall = make(probe_radius=lambda t: 4.0)  # all losses are non-negative
     out = wall.step(lambda x: loss(x) if x[0] < theta[0] + 0.5 else np.inf, R)
-    assert np.isfinite(out).all() and not np.isfinite(wall.costs).all()
+    assert np.isfinite(out).all()
+    assert not np.isfinite(wall.costs).all()
     finite = wall.costs[np.isfinite(wall.costs)]
     assert wall.mean_cost == pytest.approx(finite.mean(), rel=1e-15)
     worst = 2 * finite.max() + 1
@@ -968,7 +974,7 @@ def test_polystep_in_a_subspace() -> None:
     def loss(x):
         return float(np.sum((x - target) ** 2))
 
-    kwargs = dict(epsilon=0.5, step_radius=1.0, probe_radius=1.0)
+    kwargs = {"epsilon": 0.5, "step_radius": 1.0, "probe_radius": 1.0}
     blocks = polystep.PolyStep(theta, **kwargs, basis=[(slice(0, 6), M1), (slice(6, 10), M2)])
     dense = polystep.PolyStep(theta, **kwargs, basis=M)
     inside = polystep.PolyStep(np.zeros(6), **kwargs)

@@ -144,7 +144,7 @@ def check_optimizer(
     if unknown:
         raise LookupError(f"there are no checks named {unknown}; known: {', '.join(CHECKS)}.")
     subject = Subject(optimizer, kwargs, needs=needs)
-    report = Report(subject.name)
+    report = Report(str(subject.name))
     for name in names:
         if CHECKS[name].expensive and not expensive and only is None:
             continue

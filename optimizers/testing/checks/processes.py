@@ -25,7 +25,6 @@ from optimizers.testing.checks.subject import (
     require,
 )
 
-
 _PATIENCE = 240  # seconds; on a loaded machine starting torch alone takes ten
 
 
