@@ -12,24 +12,26 @@ import pytest
 import scipy.optimize
 import torch
 
+from optimizers.testing.methods import (
+    accelerated_descent,
+    dual_scaled_descent,
+    frank_wolfe_descent,
+    gradient_descent,
+    iterate,
+    proximal_descent,
+    steepest_descent,
+    subgradient_descent,
+)
 from optimizers.testing.problems import PROBLEMS, Problem, Quadratic, make_problem
 from optimizers.testing.rates import (
     NORMS,
     RULES,
     Run,
-    accelerated_descent,
     check_rate,
-    dual_scaled_descent,
-    frank_wolfe_descent,
-    gradient_descent,
-    iterate,
     judge,
     measure_direction,
     newton_schulz,
     polar,
-    proximal_descent,
-    steepest_descent,
-    subgradient_descent,
 )
 
 torch.set_num_threads(1)

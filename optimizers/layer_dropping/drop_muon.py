@@ -38,8 +38,9 @@ class DropMuon(Optimizer):
 
     .. math::
         M &\leftarrow \mu M + (1-\mu) G \\
-        W &\leftarrow W - \eta\, \mathrm{NS}(M) \quad\text{(lmo)} \\
-        W &\leftarrow W - \eta\, \langle M, \mathrm{NS}(M)\rangle\, \mathrm{NS}(M) \quad\text{(sharp)}
+        O &= \mathrm{NS}(M) \\
+        W &\leftarrow W - \eta\, O \quad\text{(lmo)} \\
+        W &\leftarrow W - \eta\, \langle M, O\rangle\, O \quad\text{(sharp)}
 
     and for a vector the same in the Euclidean norm, NS(m) = m/||m||. With the exact polar factor,
     momentum 0 and ``sharp`` steps of :math:`\eta = 1/L_i`, layer-wise smoothness gives

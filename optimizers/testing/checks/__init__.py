@@ -21,13 +21,20 @@ from typing import Any
 import torch
 
 from optimizers.oracle import Needs
-from optimizers.testing.checks import construction, numbers, processes, state, stepping
+from optimizers.testing.checks import (
+    construction,
+    numbers,
+    processes,
+    state,
+    stepping,
+    training,
+)
 from optimizers.testing.checks.registry import CHECKS, Check
 from optimizers.testing.checks.subject import CheckFailed, NotApplicable, Subject
 
 __all__ = ["CHECKS", "Check", "Report", "Result", "check_optimizer", "pytest_params", "run_check"]
 
-_MODULES = (construction, stepping, numbers, state, processes)
+_MODULES = (construction, stepping, training, numbers, state, processes)
 
 
 @dataclass(frozen=True)
