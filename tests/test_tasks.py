@@ -9,7 +9,8 @@ import torch
 
 from optimizers.registry import SPECS
 from optimizers.testing.harness import load_object
-from optimizers.testing.tasks import TASKS, CharGPT, MissingExtraError, get_task, require
+from optimizers.testing.networks import CharGPT
+from optimizers.testing.tasks import TASKS, MissingExtraError, get_task, require
 
 NAMES = sorted(TASKS)
 

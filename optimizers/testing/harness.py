@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
-import importlib
-import importlib.metadata
 import json
 import math
-import os
 import platform
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from optimizers.objective import Objective
-from optimizers.registry import SPECS, get_spec
+from optimizers.testing.lookup import (
+    Builder,
+    OptimizerLike,
+    load_object,
+    optimizer_label,
+    resolve_optimizer,
+)
 from optimizers.testing.report import Point, RunResult
+from optimizers.testing.storage import finished, plain, read_checkpoint, versions, write
 from optimizers.testing.tasks import Task, get_task
 
 __all__ = [
@@ -36,11 +36,6 @@ __all__ = [
     "resolve_optimizer",
     "run",
 ]
-
-OptimizerLike: TypeAlias = str | Callable[..., torch.optim.Optimizer]
-"""A registry name, ``module:Class``, or a callable ``(model, **options) -> optimizer``."""
-
-Builder: TypeAlias = Callable[..., torch.optim.Optimizer]
 
 _SCHEDULES = ("cosine", "constant")
 _WARMUP = 20
@@ -78,81 +73,6 @@ class Event:
 
 
 Callback: TypeAlias = Callable[[Event], None]
-
-
-# -- optimizers by name ------------------------------------------------------------------------
-
-
-def optimizer_label(optimizer: OptimizerLike) -> str:
-    """Return the name under which an optimizer's results are kept.
-
-    Args:
-        optimizer: A registry name, ``module:Class`` or a callable.
-
-    Returns:
-        The string itself, or the callable's ``__name__``.
-    """
-    if isinstance(optimizer, str):
-        return optimizer
-    return str(getattr(optimizer, "__name__", type(optimizer).__name__))
-
-
-def load_object(path: str) -> Any:
-    """Import ``module:attribute``.
-
-    Args:
-        path: Dotted module name, a colon, and a dotted attribute.
-
-    Returns:
-        The object.
-
-    Raises:
-        LookupError: There is no such module or attribute; near attributes are suggested.
-    """
-    module_name, _, attribute = path.partition(":")
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise LookupError(f"cannot import {module_name!r} of {path!r}: {error}.") from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            near = difflib.get_close_matches(part, dir(found), n=3)
-            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-            raise LookupError(f"{module_name!r} has no attribute {attribute!r}{hint}")
-        found = getattr(found, part)
-    return found
-
-
-def resolve_optimizer(optimizer: OptimizerLike) -> Builder:
-    """Return a function ``(model, **options) -> optimizer``.
-
-    Args:
-        optimizer: A registry name (built by its ``Spec``, so that Muon comes with AdamW for the
-            parameters that are no matrices), ``module:Class`` (constructed from
-            ``model.parameters()``), or a callable, returned as is.
-
-    Returns:
-        The builder.
-
-    Raises:
-        LookupError: No such name; the message suggests near ones.
-    """
-    if not isinstance(optimizer, str):
-        return optimizer
-    if ":" in optimizer:
-        cls = load_object(optimizer)
-
-        def build(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-            made: torch.optim.Optimizer = cls(model.parameters(), **options)
-            return made
-
-        return build
-    if optimizer not in SPECS and isinstance(getattr(torch.optim, optimizer, None), type):
-        raise LookupError(
-            f"there is no optimizer {optimizer!r} in the zoo; for torch's own write "
-            f"'torch.optim:{optimizer}'."
-        )
-    return get_spec(optimizer).build
 
 
 # -- one run -----------------------------------------------------------------------------------
@@ -208,7 +128,7 @@ def run(
     if options is None:
         options = task.recommended.get(result.optimizer, {})
     path = None if checkpoint is None else Path(checkpoint)
-    saved = _read_checkpoint(path, result)
+    saved = read_checkpoint(path, result)
     notify = callback if callback is not None else _ignore
     planned = int(result.settings["steps"])
     every = int(result.settings["eval_every"])
@@ -247,7 +167,7 @@ def run(
             result.message = f"validation loss {point.val_loss} at step {trainer.step}"
             break
         if point is not None and path is not None:
-            _write(path, lambda file: torch.save(trainer.saved(), file))
+            write(path, lambda file: torch.save(trainer.saved(), file))
         notify(event(loss, point))
     trainer.record()
     if path is not None:
@@ -385,10 +305,10 @@ def _plan(
     return RunResult(
         task.name,
         label,
-        {key: _plain(value) for key, value in options.items()},
+        {key: plain(value) for key, value in options.items()},
         seed,
         settings,
-        versions=_versions(),
+        versions=versions(),
         platform={
             "system": platform.platform(),
             "machine": platform.machine(),
@@ -415,21 +335,6 @@ def _failed(result: RunResult, error: Exception, path: Path | None) -> RunResult
     result.status = "failed"
     result.message = f"{type(error).__name__}: {error}"
     return result
-
-
-def _read_checkpoint(path: Path | None, result: RunResult) -> dict[str, Any] | None:
-    if path is None or not path.exists():
-        return None
-    saved: dict[str, Any] = torch.load(path, weights_only=True)
-    mine = json.loads(json.dumps(result.identity()))
-    theirs = json.loads(saved["identity"])
-    differing = [key for key in mine if mine[key] != theirs.get(key)]
-    if differing:
-        raise ValueError(
-            f"checkpoint `{path}` belongs to another experiment: its {', '.join(differing)} "
-            "differ; delete it or choose another file."
-        )
-    return saved
 
 
 def _ignore(event: Event) -> None:
@@ -509,7 +414,7 @@ def compare(
         own = options.get(optimizer_label(optimizer))
         plan = _plan(task, optimizer, seed, steps, budget_seconds, own, eval_every, schedule)
         file = None if folder is None else folder / f"{plan.key()}.json"
-        result = _finished(file, plan) if resume else None
+        result = finished(file, plan) if resume else None
         skipped = result is not None
         if result is None:
             checkpoint = None if file is None else file.with_suffix(".ckpt")
@@ -531,7 +436,7 @@ def compare(
             )
             if file is not None:
                 text = result.to_json().encode()
-                _write(file, lambda stream, text=text: stream.write(text))  # type: ignore[misc]
+                write(file, lambda stream, text=text: stream.write(text))  # type: ignore[misc]
         results.append(result)
         steps_done = result.curve[-1].step if result.curve else 0
         notify(
@@ -547,61 +452,3 @@ def compare(
             )
         )
     return results
-
-
-def _finished(file: Path | None, plan: RunResult) -> RunResult | None:
-    """Return the stored run if it is finished and of equal settings."""
-    if file is None or not file.exists():
-        return None
-    try:
-        stored = RunResult.from_json(file.read_text(encoding="utf-8"))
-    except (ValueError, KeyError):
-        return None
-    equal = stored.identity() == json.loads(json.dumps(plan.identity()))
-    return stored if equal and stored.status != "failed" else None
-
-
-# -- files and plain values --------------------------------------------------------------------
-
-
-def _write(path: Path, fill: Callable[[Any], Any]) -> None:
-    """Write a file as a whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            fill(stream)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _plain(value: Any) -> Any:
-    """Return a JSON value that tells one option from another."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else repr(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, Tensor):
-        return value.tolist()
-    # The default `repr` of a function holds its address, which changes from run to run.
-    if hasattr(value, "__qualname__"):
-        return f"{value.__module__}:{value.__qualname__}"
-    return repr(value)
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = importlib.metadata.version("optimizer-zoo")
-    except importlib.metadata.PackageNotFoundError:
-        own = "unknown"
-    return {
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "optimizers": own,
-    }
