@@ -412,8 +412,14 @@ class Optimizer(torch.optim.Optimizer):
                 template = self._fresh_state(p, group)
                 foreign = checkpoint.is_foreign(loaded)
                 state[p] = checkpoint.fill(template, values, p, foreign)
+        before = {"state": self.state, "param_groups": self.param_groups}
         self.__setstate__({"state": state, "param_groups": groups})
-        self.prepare()
+        try:
+            self.prepare()
+        except Exception:  # the loaded groups do not fit each other
+            self.__setstate__(before)
+            self.prepare()
+            raise
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]
 
@@ -82,7 +83,7 @@ class Objective:
         self.loss_fn = loss_fn
         self.counts = Counts()
         self._batch: tuple[Any, Any] | None = None
-        self._names: dict[int, str] = {}
+        self._places: dict[int, list[str]] = {}
 
     def on(self, inputs: Any, targets: Any) -> Objective:
         """Return this objective bound to a batch; counts and model are shared."""
@@ -152,17 +153,32 @@ class Objective:
         Raises:
             OracleError: If a parameter is not one of the model's.
         """
-        if not all(id(p) in self._names for p in params):
-            self._names.clear()
-            for name, parameter in self.model.named_parameters():
-                self._names[id(parameter)] = name
+        return [places[0] for places in self._find(params)]
+
+    def _find(self, params: Sequence[Tensor]) -> list[list[str]]:
+        """Return every place that holds each parameter; a module that occurs twice is one place."""
+        if not all(id(p) in self._places for p in params):
+            self._places.clear()
+            for prefix, module in self.model.named_modules():
+                for name, p in module.named_parameters(prefix, recurse=False):
+                    self._places.setdefault(id(p), []).append(name)
         try:
-            return [self._names[id(p)] for p in params]
+            return [self._places[id(p)] for p in params]
         except KeyError:
             raise OracleError(
                 "a parameter of the optimizer is not a parameter of the Objective's model; "
                 "build both from the same model."
             ) from None
+
+    def call(self, params: Sequence[Tensor], values: Sequence[Tensor], *arguments: Any) -> Any:
+        """Run the model on ``arguments`` with ``values`` in the place of ``params`` (no count)."""
+        # Tied by us: torch's own tying leaves the values behind in a module that occurs twice.
+        tied = {
+            place: value
+            for places, value in zip(self._find(params), values, strict=True)
+            for place in places
+        }
+        return torch.func.functional_call(self.model, tied, arguments, tie_weights=False)
 
     def gradient(self, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
         """Return the loss and its gradient in ``params``; ``.grad`` is not touched."""
@@ -223,18 +239,25 @@ class Objective:
             OracleError: If the model cannot be evaluated for many points at once (it draws random
                 numbers, or updates statistics in training mode).
         """
-        names = self.names(params)
-        model, loss_fn = self.model, self.loss_fn
         arguments, targets = self.arguments, self.targets
+        self.names(params)
+        # Refused before the first evaluation, which would already write the statistics.
+        for name, module in self.model.named_modules():
+            if isinstance(module, _NormBase) and module.training and module.track_running_stats:
+                raise OracleError(
+                    f"the model cannot be evaluated for many candidates at once: {name!r} "
+                    f"({type(module).__name__}) updates its statistics in training mode. Call "
+                    "model.eval()."
+                )
 
-        def one(values: dict[str, Tensor]) -> Tensor:
-            outputs = torch.func.functional_call(model, values, arguments)
-            return self._checked(loss_fn(outputs, targets)).reshape(())
+        def one(values: list[Tensor]) -> Tensor:
+            outputs = self.call(params, values, *arguments)
+            return self._checked(self.loss_fn(outputs, targets)).reshape(())
 
         many = torch.func.vmap(one, randomness="error", chunk_size=chunk)
         try:
             with torch.no_grad():
-                losses: Tensor = many(dict(zip(names, candidates, strict=True)))
+                losses: Tensor = many(list(candidates))
         except RuntimeError as error:
             raise OracleError(
                 f"the model cannot be evaluated for many candidates at once ({error}). "

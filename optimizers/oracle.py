@@ -168,7 +168,8 @@ class _FromClosure(Oracle):
     def _scalar(self, loss: Any) -> Tensor:
         if loss is None:
             raise self._refusal("the closure to return the loss", _LOSS_CLOSURE)
-        value = torch.as_tensor(loss)
+        # A plain float is a double, of which torch would keep single precision.
+        value = loss if isinstance(loss, Tensor) else torch.as_tensor(loss, dtype=torch.float64)
         if value.numel() != 1:
             raise OracleError(
                 f"{self.optimizer} needs a closure that returns one number; got a tensor of "
