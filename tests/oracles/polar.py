@@ -49,7 +49,7 @@ def polar_svd(G: ArrayLike) -> Array:
     if G.size == 0:
         return G
     U, S, Vt = np.linalg.svd(G, full_matrices=False)
-    keep = S > 1e-12 * S[0]
+    keep = 1e-12 * S[0] < S
     return U[:, keep] @ Vt[keep]
 
 
