@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import Any, ClassVar, NamedTuple, TypeAlias, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,7 +46,10 @@ _COMMON_RANGES: Mapping[str, str] = {
     "compile": "bool",
 }
 # Keys that torch and its schedulers put beside a rule's own.
-_FOREIGN_KEYS = frozenset({"params", "param_names", "initial_lr", "name"})
+_FOREIGN_KEYS = frozenset(
+    {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr"}
+    | {"max_momentum", "base_momentum"}
+)
 
 
 class _Batch(NamedTuple):
@@ -104,6 +108,12 @@ class Optimizer(torch.optim.Optimizer):
     # Attributes are caches: deepcopy and pickle drop them and these values take over.
     _ready: bool = True
     _compiled: Callable[..., None] | None = None
+
+    @property
+    def _layouts(self) -> dict[int, tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype, by identity, of each parameter for which state was made."""
+        known: dict[int, tuple[torch.Size, torch.dtype]] = self.__dict__.setdefault("_known", {})
+        return known
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -221,7 +231,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _batches(self, group: Group, signal: Signal) -> Iterable[_Batch]:
         """Collect the group's signals, refuse what cannot be used, split by device and dtype."""
-        name = type(self).__name__
+        name, layouts = type(self).__name__, self._layouts
         parts: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         for p in group["params"]:
             g = signal(p)
@@ -237,9 +247,15 @@ class Optimizer(torch.optim.Optimizer):
                     f"{name} got a gradient of shape {tuple(g.shape)} for a parameter of shape "
                     f"{tuple(p.shape)}."
                 )
+            layout = (p.shape, p.dtype)
+            if layouts.setdefault(id(p), layout) != layout:
+                raise RuntimeError(
+                    f"a parameter changed from {layouts[id(p)]} to {layout} after {name} made its "
+                    "state; build the optimizer after changing the model."
+                )
             ps, gs = parts.setdefault((p.device, p.dtype), ([], []))
             ps.append(p)
-            gs.append(g)
+            gs.append(g if g.dtype == p.dtype else g.to(p.dtype))
         negate = group.get("maximize", False) and self.needs is Needs.GRADIENTS
         batches = []
         for (_, dtype), (ps, gs) in parts.items():
@@ -253,7 +269,7 @@ class Optimizer(torch.optim.Optimizer):
                 gs = [distributed.local(g) for g in gs]
             if dtype.is_complex:
                 ps = [torch.view_as_real(p) for p in ps]
-                gs = [torch.view_as_real(g) for g in gs]
+                gs = [torch.view_as_real(g.resolve_conj()) for g in gs]
             if negate:
                 gs = list(torch._foreach_neg(gs))
             targets = None
@@ -376,14 +392,16 @@ class Optimizer(torch.optim.Optimizer):
 
     def _fresh_state(self, p: Tensor, group: Group) -> State:
         """Return the state of a parameter that has not been updated yet."""
-        with torch.no_grad():
+        # State made under inference_mode could never be updated outside of it.
+        with torch.inference_mode(False), torch.no_grad():
             proxy = torch.view_as_real(p) if p.is_complex() else p.detach()
             state = self.init_state(_working(proxy), group)
-        step = torch.zeros((), dtype=torch.float32, device=distributed.local(p).device)
+            step = torch.zeros((), dtype=torch.float32, device=distributed.local(p).device)
         return {"step": step, **state}
 
     def _make_state(self, p: Tensor, group: Group) -> None:
         self.state[p] = self._fresh_state(p, group)
+        self._layouts[id(p)] = (p.shape, p.dtype)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, of this class or of its twin in torch.
@@ -399,19 +417,28 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: Naming what does not fit (groups, names, keys, shapes, ranges, version).
         """
-        loaded = dict(state_dict)
+        loaded = checkpoint.read(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, loaded)
             if result is not None:
-                loaded = dict(result)
+                loaded = checkpoint.read(result)
         groups, packed = checkpoint.decode(loaded, self.param_groups, type(self).__name__)
         state: defaultdict[Tensor, State] = defaultdict(dict)
+        empty = not any(values for part in packed for values in part)
         for index, group in enumerate(groups):
             self._check_values(group, f" (in loaded parameter group {index})")
             for p, values in zip(group["params"], packed[index], strict=True):
+                if not values and not empty and self._has_history(p):
+                    raise ValueError(
+                        f"the loaded state lacks the parameter of shape {tuple(p.shape)}, whose "
+                        "state here would be lost. A checkpointer leaves out parameters that "
+                        "require no gradient: call release() of an optimizer that drops layers "
+                        "before saving and loading, or build a new optimizer."
+                    )
                 template = self._fresh_state(p, group)
                 foreign = checkpoint.is_foreign(loaded)
                 state[p] = checkpoint.fill(template, values, p, foreign)
+        self._layouts.clear()
         before = {"state": self.state, "param_groups": self.param_groups}
         self.__setstate__({"state": state, "param_groups": groups})
         try:
@@ -422,6 +449,11 @@ class Optimizer(torch.optim.Optimizer):
             raise
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _has_history(self, p: Tensor) -> bool:
+        """Whether the parameter has been updated here."""
+        step = self.state.get(p, {}).get("step")
+        return step is not None and bool(step > 0)
 
 
 _LOW_PRECISION = frozenset({torch.float16, torch.bfloat16})
@@ -438,4 +470,8 @@ def _stored_gradient(p: Tensor) -> Tensor | None:
 
 def _own(value: Any) -> Any:
     """Copy a default so that no two groups share a tensor or a mutable value."""
-    return value.detach().clone() if isinstance(value, Tensor) else deepcopy(value)
+    if isinstance(value, Tensor):
+        own = value.detach().clone()
+        return own.reshape(()) if own.numel() == 1 else own
+    # NumPy's scalars would make a checkpoint that weights_only=True refuses.
+    return value.item() if isinstance(value, np.generic) else deepcopy(value)

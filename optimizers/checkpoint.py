@@ -21,6 +21,26 @@ def is_foreign(state_dict: Mapping[str, Any]) -> bool:
     return not any("format_version" in group for group in state_dict["param_groups"])
 
 
+def read(state_dict: Any) -> dict[str, Any]:
+    """Return a shallow copy of a stored state, after a look at its outer form.
+
+    Raises:
+        ValueError: If it is not what ``optimizer.state_dict()`` returns.
+    """
+    remedy = "pass what optimizer.state_dict() returned."
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"the state to load is a {type(state_dict).__name__}; {remedy}")
+    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if key not in state_dict:
+            raise ValueError(f"the state to load has no key {key!r}; {remedy}")
+        if not isinstance(state_dict[key], kind):
+            raise ValueError(f"{key!r} of the state to load is {state_dict[key]!r:.60}; {remedy}")
+    for index, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise ValueError(f"parameter group {index} of the state has no 'params'; {remedy}")
+    return dict(state_dict)
+
+
 def decode(
     state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], name: str
 ) -> tuple[list[dict[str, Any]], list[list[Mapping[str, Any] | None]]]:
@@ -38,9 +58,6 @@ def decode(
     Raises:
         ValueError: If they do not fit.
     """
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise ValueError(f"the state to load has no key {key!r}; pass optimizer.state_dict().")
     saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
     if len(saved_groups) != len(groups):
         raise ValueError(
@@ -86,7 +103,10 @@ def by_name(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) 
 
 def _in_order(ids: list[Any], saved: Any, names: Any, index: int) -> list[Any]:
     """Return the stored ids in the order of the optimizer's own names, where both have names."""
-    if saved is None or names is None or list(saved) == list(names):
+    if saved is None or names is None:
+        return ids
+    saved, names = [_bare(name) for name in saved], [_bare(name) for name in names]
+    if saved == names:
         return ids
     missing, unexpected = sorted(set(names) - set(saved)), sorted(set(saved) - set(names))
     if missing or unexpected:
@@ -96,6 +116,11 @@ def _in_order(ids: list[Any], saved: Any, names: Any, index: int) -> list[Any]:
         )
     by_name = dict(zip(saved, ids, strict=True))
     return [by_name[name] for name in names]
+
+
+def _bare(name: str) -> str:
+    """Return a name without what wrappers (DDP, torch.compile) put into it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def _merge(saved: Mapping[str, Any], group: Mapping[str, Any], foreign: bool) -> dict[str, Any]:
@@ -128,6 +153,21 @@ def fill(
     """
     if not values:
         return template
+    refuse_misfit(template, values, p, foreign)
+    for key, value in values.items():
+        fresh = template[key]
+        if isinstance(fresh, Tensor):
+            with torch.no_grad():
+                fresh.copy_(torch.as_tensor(value))
+        else:
+            template[key] = deepcopy(value)
+    return template
+
+
+def refuse_misfit(
+    template: Mapping[str, Any], values: Mapping[str, Any], p: Tensor, foreign: bool
+) -> None:
+    """Raise ``ValueError`` unless ``values`` has the keys, shapes and kinds of ``template``."""
     where = f"of a parameter of shape {tuple(p.shape)}"
     missing, unexpected = set(template) - set(values), set(values) - set(template)
     if foreign:
@@ -142,15 +182,12 @@ def fill(
         if not isinstance(fresh, Tensor):
             if not isinstance(value, type(fresh)):
                 raise ValueError(f"the loaded {key!r} {where} is a {type(value).__name__}.")
-            template[key] = deepcopy(value)
             continue
-        if not isinstance(value, Tensor):
-            value = torch.as_tensor(value)
-        if value.shape != fresh.shape:
+        if not isinstance(value, (Tensor, int, float)):
+            raise ValueError(f"the loaded {key!r} {where} is a {type(value).__name__}.")
+        shape = value.shape if isinstance(value, Tensor) else torch.Size()
+        if shape != fresh.shape:
             raise ValueError(
-                f"the loaded {key!r} {where} has shape {tuple(value.shape)}; "
+                f"the loaded {key!r} {where} has shape {tuple(shape)}; "
                 f"expected {tuple(fresh.shape)}."
             )
-        with torch.no_grad():
-            fresh.copy_(value)
-    return template

@@ -135,6 +135,11 @@ class Objective:
         with torch.enable_grad():
             self.model.zero_grad(set_to_none=True)
             loss = self._forward()
+            if not loss.requires_grad and any(p.requires_grad for p in self.model.parameters()):
+                raise OracleError(
+                    "the loss has no gradient: something between the parameters and it is not "
+                    "differentiable or was detached. Use a rule that needs losses alone."
+                )
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
         self.counts.gradient += 1

@@ -4,35 +4,37 @@ A rule is a string, so that it can be printed in an error, in a docstring and in
 ``python -m optimizers show``:
 
 * ``"[0, 1)"``: a number in the interval; ``inf`` is allowed as an open end. NaN lies in none.
-* ``"int [1, 100)"``: a whole number in the interval (``bool`` is not a number here).
+* ``"int [1, 100)"``: an integer in the interval (``bool`` is no number here).
 * ``"bool"``: ``True`` or ``False``.
 * ``"{none, sqrt}"``: one of the words.
 * ``"finite"``: a finite number.
-* ``"callable"``: anything that can be called.
+* ``"2 of [0, 1)"``: a tuple or list of two such values; ``"list of ..."``: of one or more.
 * ``... or None``: the same, or ``None``; alternatives are joined by ``" or "``.
 
-A tuple or list is checked entry by entry; a one-element tensor by its value.
+A one-element tensor is checked by its value.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+_SEQUENCE = re.compile(r"^(list|\d+) of (.+)$")
 _INTERVAL = re.compile(r"^(int )?([\[(])\s*([^,]+?)\s*,\s*([^,]+?)\s*([\])])$")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _in_interval(value: Any, match: re.Match[str]) -> bool:
     whole, left, low, high, right = match.groups()
-    if not _is_number(value) or (whole and not float(value).is_integer()):
+    if not _is_number(value) or (whole and not isinstance(value, numbers.Integral)):
         return False
     # Written so that NaN fails both comparisons.
     above = value >= float(low) if left == "[" else value > float(low)
@@ -45,8 +47,9 @@ def _matches(value: Any, rule: str) -> bool:
         return value is None
     if rule == "bool":
         return isinstance(value, bool)
-    if rule == "callable":
-        return callable(value)
+    sequence = _SEQUENCE.match(rule)
+    if sequence is not None:
+        return _problem("x", value, sequence) is None
     if rule == "finite":
         return _is_number(value) and math.isfinite(value)
     if rule.startswith("{"):
@@ -57,12 +60,28 @@ def _matches(value: Any, rule: str) -> bool:
     return _in_interval(value, match)
 
 
+def _problem(name: str, value: Any, sequence: re.Match[str]) -> str | None:
+    """Return what is wrong with a value that should be a sequence, or ``None``."""
+    count, inner = sequence.groups()
+    if not isinstance(value, (tuple, list)):
+        return f"{name} must be {sequence.group()}; got {value!r}."
+    if not value or (count != "list" and len(value) != int(count)):
+        wanted = "at least one value" if count == "list" else f"{count} values"
+        return f"{name} must hold {wanted}; got {value!r}."
+    try:
+        for index, entry in enumerate(value):
+            check(f"{name}[{index}]", entry, inner)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def check(name: str, value: Any, rule: str) -> None:
     """Raise ``ValueError`` unless ``value`` obeys ``rule``.
 
     Args:
         name: The hyperparameter's name, for the message.
-        value: The value; tuples and lists entry by entry, tensors by their single value.
+        value: The value; a tensor by its single entry.
         rule: The range, in the language of this module.
 
     Raises:
@@ -78,14 +97,12 @@ def check(name: str, value: Any, rule: str) -> None:
         if value.device.type != "cpu":
             return
         value = value.item()
-    if isinstance(value, (tuple, list)):
-        if not value:
-            raise ValueError(f"{name} must not be empty.")
-        for index, entry in enumerate(value):
-            check(f"{name}[{index}]", entry, rule)
+    alternatives = rule.split(" or ")
+    if any(_matches(value, part) for part in alternatives):
         return
-    if any(_matches(value, part) for part in rule.split(" or ")):
-        return
+    sequences = [m for part in alternatives if (m := _SEQUENCE.match(part))]
+    if sequences and (isinstance(value, (tuple, list)) or len(sequences) == len(alternatives)):
+        raise ValueError(_problem(name, value, sequences[0]))
     if rule.startswith("{"):
         verb = "be one of"
     elif _INTERVAL.match(rule):

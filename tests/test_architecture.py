@@ -160,6 +160,6 @@ def test_look_up():
 def test_no_file_grows_too_long():
     for path in modules():
         lines = len(path.read_text().splitlines())
-        assert lines <= 450, (
+        assert lines <= 500, (
             f"{path.relative_to(ROOT)} has {lines} lines: usually that is two files"
         )

@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -123,6 +124,91 @@ def test_half_precision_is_updated_in_float32():
     assert torch.equal(one.state[exact]["exp_avg_sq"], other.state[half]["exp_avg_sq"])
     # Rounded once, from the float32 result.
     assert torch.equal(half.detach(), exact.detach().bfloat16())
+
+
+def test_a_model_that_changed_after_construction_is_refused():
+    """Kernels that walk memory would pair state and parameter wrongly, or leave the buffers."""
+    for change in (lambda d: torch.randn(4096), lambda d: d.float()):
+        p = parameter(4)
+        optimizer = AMSGrad([p])
+        p.data = change(p.data)
+        p.grad = torch.randn_like(p)
+        with pytest.raises(RuntimeError, match="after AMSGrad made its state"):
+            optimizer.step()
+        assert optimizer.state[p]["step"].item() == 0
+
+
+def test_a_changed_memory_format_is_followed():
+    results = []
+    for foreach in (None, False):
+        start = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+        p = nn.Parameter(start.contiguous(memory_format=torch.channels_last))
+        optimizer = AMSGrad([p], lr=0.1, foreach=foreach)
+        for k in range(4):
+            if k == 2:
+                p.data = p.data.contiguous()
+            g = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(k))
+            p.grad = torch.empty_like(p).copy_(g)
+            optimizer.step()
+        results.append(p.detach().clone())
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+
+
+def test_conjugated_gradients_are_resolved():
+    p = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    optimizer = AMSGrad([p], lr=0.1)
+    (p.conj() * torch.tensor([1 + 1j, 2, 3j])).real.sum().backward()
+    optimizer.step()
+    assert p.isfinite().all()
+
+
+def test_numbers_of_other_kinds_become_plain():
+    p = parameter(2)
+    optimizer = Muon([parameter(2, 2)], lr=torch.tensor([1e-3]))
+    assert optimizer.param_groups[0]["lr"].shape == ()
+    optimizer = AMSGrad([p], lr=np.float32(0.5))
+    assert type(optimizer.param_groups[0]["lr"]) is float
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (Muon, {"ns_steps": 5.0}),
+        (Muon, {"splits": 2.0}),
+        (Muon, {"momentum": [0.9]}),
+        (Muon, {"maximize": [True]}),
+        (Muon, {"ns_coefficients": 3.0}),
+        (Muon, {"ns_coefficients": [(1, 2, 3), 4]}),
+        (AMSGrad, {"lr": [1e-3, 1e-3]}),
+        (AMSGrad, {"betas": (0.9,)}),
+        (AMSGrad, {"betas": 0.9}),
+        (optimizers.DropMuon, {"sampling": 0.5}),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused_at_construction(cls, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        cls([parameter(4, 4)], **options)
+
+
+def test_an_optimizer_made_under_inference_mode_works_outside():
+    p = parameter(2)
+    with torch.inference_mode():
+        optimizer = AMSGrad([p])
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("bad", [None, [], {"state": []}, {"state": {}, "param_groups": None},
+                                 {"state": {}, "param_groups": [{}]}])  # fmt: skip
+def test_what_is_no_state_is_refused(bad):
+    with pytest.raises(ValueError, match=r"optimizer\.state_dict\(\)"):
+        AMSGrad([parameter(2)]).load_state_dict(bad)
+
+
+def test_groups_of_a_scheduled_optimizer_can_be_reused():
+    optimizer = AMSGrad([parameter(2)])
+    optimizer.param_groups[0]["max_momentum"] = 0.9
+    AMSGrad(optimizer.param_groups)
 
 
 def test_cleared_state_is_made_again():

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from optimizers import DropMuon, Muon, Objective
+from optimizers import DropMuon, Muon, Objective, muon_with_adamw
 from optimizers.layer_dropping.sampling import (
     cutoff_probabilities,
     draw_cutoff,
@@ -343,6 +343,65 @@ def test_loading_brings_plan_and_flags_along():
     ]
     other.release()
     assert all(p.requires_grad for p in twin.parameters())
+
+
+def test_loading_a_fresh_state_gives_the_flags_back():
+    model = network()
+    optimizer = DropMuon(model.named_parameters(), lr=0.1, sampling=(0.01, 0.01, 0.98), seed=1)
+    fresh = copy.deepcopy(optimizer.state_dict())
+    for _ in steps(optimizer, model, 3):
+        pass
+    assert not all(p.requires_grad for p in model.parameters())
+    optimizer.load_state_dict(fresh)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_frozen_last_layer_does_not_leave_the_loss_without_a_graph():
+    model = network()
+    for p in model[4].parameters():
+        p.requires_grad_(False)
+    optimizer = DropMuon(model.named_parameters(), lr=0.1)
+    for _ in steps(optimizer, model, 20):
+        pass
+    assert 0 < optimizer.state[model[2].weight]["step"].item() < 20
+
+
+def test_another_optimizer_does_not_take_dropped_layers_for_frozen_ones():
+    model = network()
+    optimizer = DropMuon(model.named_parameters(), lr=0.1, sampling=(0.01, 0.01, 0.98), seed=1)
+    for _ in steps(optimizer, model, 2):
+        pass
+    for take_over in (
+        lambda: DropMuon(model.named_parameters(), lr=0.1),
+        lambda: muon_with_adamw(model),
+    ):
+        with pytest.raises(ValueError, match=r"release\(\)"):
+            take_over()
+    optimizer.release()
+    DropMuon(model.named_parameters(), lr=0.1)
+    muon_with_adamw(model)
+
+
+def test_a_distributed_checkpoint_that_skips_dropped_layers_is_refused():
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    model = network()
+    optimizer = DropMuon(model.named_parameters(), lr=0.1, sampling=(0.3, 0.01, 0.69), seed=1)
+    for _ in steps(optimizer, model, 12):
+        pass
+    optimizer.param_groups[0]["cutoff"] = 2
+    optimizer.prepare()
+    stored = copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer))
+    with pytest.raises(ValueError, match=r"release\(\)"):
+        dcp.set_optimizer_state_dict(model, optimizer, copy.deepcopy(stored))
+    momentum = {
+        n: optimizer.state[p]["momentum_buffer"].clone() for n, p in model.named_parameters()
+    }
+    assert all(m.any() for m in momentum.values())
+    optimizer.release()
+    dcp.set_optimizer_state_dict(model, optimizer, stored)
+    for n, p in model.named_parameters():
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], momentum[n])
 
 
 def test_works_through_an_objective():

@@ -147,6 +147,16 @@ def test_several_inputs(problem):
     assert bound().ndim == 0
 
 
+def test_a_loss_without_a_gradient_is_refused():
+    model = nn.Linear(2, 1)
+    objective = Objective(model, lambda out, y: (out.detach() - y).square().mean())
+    with pytest.raises(OracleError, match="no gradient"):
+        objective.on(torch.ones(1, 2), torch.ones(1, 1))()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    objective.on(torch.ones(1, 2), torch.ones(1, 1))()  # nothing to differentiate: nothing amiss
+
+
 def test_refusals_of_the_objective(problem):
     model, objective = problem
     with pytest.raises(TypeError, match="Module"):

@@ -681,16 +681,17 @@ def test_weights_written_between_steps_are_honoured() -> None:
     np.testing.assert_array_equal(flat(model.parameters()), flat(twin.parameters()))
 
 
-def test_steps_stay_in_the_subspace() -> None:
-    p = nn.Parameter(normal(6, 5))
-    start = flat([p])
-    optimizer = PolyStep([p], rank=1, momentum=0.5, epsilon=0.5)
+def test_steps_stay_in_each_parameters_own_subspace() -> None:
+    params = [nn.Parameter(normal(6, 5, seed=i)) for i in range(2)]  # alike, yet not one basis
+    starts = [flat([p]) for p in params]
+    optimizer = PolyStep(params, rank=1, momentum=0.5, epsilon=0.5)
     for _ in range(20):
-        optimizer.step(lambda: ((p - 1) ** 2).sum())
-    M = projection((6, 5), 1, 0, 0)
-    move = flat([p]) - start
-    assert np.linalg.norm(move) > 0.5
-    np.testing.assert_allclose(M @ (M.T @ move), move, atol=1e-13)
+        optimizer.step(lambda: sum(((p - 1) ** 2).sum() for p in params))
+    for i, (p, start) in enumerate(zip(params, starts, strict=True)):
+        M = projection((6, 5), 1, 0, i)
+        move = flat([p]) - start
+        assert np.linalg.norm(move) > 0.5
+        np.testing.assert_allclose(M @ (M.T @ move), move, atol=1e-13)
 
 
 # --- refusals -----------------------------------------------------------------------------------

@@ -361,6 +361,92 @@ def test_groups_added_later_name_their_rule():
     assert "extra" in optimizer.table()
 
 
+def test_groups_added_later_are_added_whole_or_not_at_all():
+    model = Transformer()
+    optimizer = muon_with_adamw(model, lr=0.02)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: k / 10)  # begins at 0
+    layer = nn.Linear(8, 8, bias=False)
+    for bad in (
+        {"rule": "muon"},
+        {"rule": "muon", "params": layer.parameters()},
+        {"rule": "muon", "params": layer.named_parameters(), "lr": -1.0},
+        {"rule": "adamw", "params": [("up.weight", model.up.weight)]},
+    ):
+        with pytest.raises(ValueError, match=r"params|pairs|lr|more than one"):
+            optimizer.add_param_group(bad)
+        assert len(optimizer.param_groups) == sum(
+            len(inner.param_groups) for inner in optimizer._inner.values()
+        )
+    optimizer.add_param_group({"rule": "muon", "params": layer.named_parameters(), "lr": 0.01})
+    assert optimizer.param_groups[-1]["lr_scale"] == pytest.approx(0.5)
+    assert scheduler.base_lrs  # torch: a scheduler knows the groups it was built with
+    train(model, optimizer, 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: s["state"][9].update(exp_avg=torch.zeros(3, 3)), "exp_avg"),
+        (lambda s: s["state"][9].pop("exp_avg_sq"), "missing"),
+        (lambda s: s["param_groups"][-1].update(lr=-1.0), "lr must"),
+        (lambda s: s["param_groups"][-1].update(betas=(2.0, 3.0)), "betas"),
+    ],
+)
+def test_a_misfitting_state_of_torchs_rules_is_refused(damage, message):
+    """torch itself takes it, and its fused kernel then writes past the end of the buffers."""
+    model = Transformer()
+    optimizer = muon_with_adamw(model)
+    train(model, optimizer, 2)
+    bad = copy.deepcopy(optimizer.state_dict())
+    damage(bad)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(bad)
+
+
+def test_maximize_reaches_every_rule():
+    optimizer = muon_with_adamw(Transformer(), maximize=True)
+    assert all(g["maximize"] for g in optimizer.param_groups)
+
+
+def test_names_of_wrapped_models_match():
+    plain, wrapped = Transformer(), nn.ModuleDict({"module": Transformer()})
+    optimizer, other = muon_with_adamw(plain), muon_with_adamw(wrapped)
+    train(plain, optimizer, 2)
+    other.load_state_dict(optimizer.state_dict())
+    p, q = plain.up.weight, wrapped["module"].up.weight
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], other.state[q]["momentum_buffer"])
+
+
+def test_a_replaced_state_stays_one_mapping():
+    model = Transformer()
+    optimizer = muon_with_adamw(model)
+    optimizer.state = type(optimizer.state)(dict)
+    train(model, optimizer, 1)
+    assert len(optimizer.state_dict()["state"]) == len(list(model.parameters()))
+
+
+def test_one_dimensional_convolutions_are_flattened():
+    model = nn.Sequential(nn.Conv1d(4, 16, 3), nn.Conv1d(16, 16, 3), nn.Linear(16, 4))
+    weight = next(w for w in classify(model) if w.name == "1.weight")
+    assert (weight.role, weight.flatten) == ("hidden", True)
+    assert muon_with_adamw(model).param_groups[0]["flatten"]
+
+
+def test_projected_lstms_and_tiny_attention_are_routed():
+    lstm = nn.Sequential(nn.LSTM(16, 32, proj_size=18), nn.Linear(8, 8), nn.Linear(8, 8))
+    weights = {w.name: w for w in classify(lstm)}
+    assert weights["0.weight_hr_l0"].splits == 1
+    muon_with_adamw(lstm)
+    tiny = {w.name: w.role for w in classify(nn.MultiheadAttention(1, 1))}
+    assert tiny["in_proj_weight"] == "thin"
+
+
+def test_names_fuse_at_a_words_start_only():
+    model = nn.ModuleDict({"main_proj": nn.Linear(16, 48), "head": nn.Linear(48, 2)})
+    weight = next(w for w in classify(model) if w.name == "main_proj.weight")
+    assert (weight.role, weight.splits) == ("hidden", 1)
+
+
 def test_the_table_says_who_got_which_rule_and_why():
     table = str(muon_with_adamw(Transformer(tied=False), lr=0.02))
     line = next(row for row in table.splitlines() if row.startswith("up.weight"))
@@ -373,5 +459,5 @@ def test_options_reach_muon_and_misspelt_ones_do_not():
     assert optimizer.param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
     with pytest.raises(TypeError):
         muon_with_adamw(Transformer(), momentun=0.9)
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError, match=r"lr must lie in \(0, inf\)"):
         muon_with_adamw(Transformer(), lr=0.0)

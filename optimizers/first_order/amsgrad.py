@@ -72,7 +72,7 @@ class AMSGrad(Optimizer):
 
     ranges = {
         "lr": "[0, inf)",
-        "betas": "[0, 1)",
+        "betas": "2 of [0, 1)",
         "eps": "[0, inf)",
         "weight_decay": "[0, inf)",
         "decoupled_weight_decay": "bool",
@@ -177,7 +177,7 @@ class AMSGrad(Optimizer):
         self, params: list[Tensor], grads: list[Tensor], states: list[State], group: Group
     ) -> None:
         """Algorithm 2 (or 3) for all tensors: fused where possible, else multi-tensor."""
-        if _fusable(params, grads, group) and _fused(params, grads, states, group):
+        if _fusable(params, grads, states, group) and _fused(params, grads, states, group):
             return
         per_tensor = [_schedules(t, group) for t in step_counts(states)]
         lrs = [lr for lr, _, _ in per_tensor]
@@ -233,14 +233,16 @@ def _lerp_(averages: list[Tensor], values: Any, weights: list[Any]) -> None:
     torch._foreach_add_(averages, differences)
 
 
-def _fusable(params: list[Tensor], grads: list[Tensor], group: Group) -> bool:
+def _fusable(params: list[Tensor], grads: list[Tensor], states: list[State], group: Group) -> bool:
     """Whether torch's fused Adam computes exactly this rule on these tensors."""
     return (
         group["foreach"] is None
         and group["eps"] > 0  # the kernel has no rule for 0/0
         and not torch.compiler.is_compiling()
         and params[0].device.type in ("cpu", "cuda")
+        # The kernel walks memory: all tensors of a parameter must be laid out alike.
         and all(p.is_contiguous() and g.is_contiguous() for p, g in zip(params, grads, strict=True))
+        and all(s["exp_avg"].is_contiguous() for s in states)
     )
 
 

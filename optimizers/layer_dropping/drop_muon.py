@@ -11,13 +11,13 @@ from torch import Tensor
 
 from optimizers.base import Group, Optimizer, Scope, Signal, State
 from optimizers.functional import decay_, ema_
+from optimizers.layer_dropping.flags import dropped_parameters, refuse_dropped
 from optimizers.layer_dropping.sampling import cutoff_probabilities, draw_cutoff
 from optimizers.linalg import MUON_COEFFICIENTS, dual_norm_spectral
 from optimizers.oracle import Oracle
 from optimizers.orthogonalized.matrices import (
     NS_RANGES,
     as_matrices,
-    check_coefficients,
     matrix_shape,
     ns_dtype_name,
     orthogonalize_all,
@@ -48,11 +48,12 @@ class DropMuon(Optimizer):
     :math:`q_i` (derived).
 
     The flags: only parameters that you left trainable are switched, and :meth:`release` (or
-    leaving ``with optimizer.dropping():``) gives every flag back. To freeze a layer yourself,
-    call ``release()`` first; the next plan respects your flags. Construction switches none, so the
-    first backward pass is a full one (only the planned layers are updated), and a checkpointer
-    that looks at the flags sees the model as it is; before loading a checkpoint into an optimizer
-    that has already stepped, call ``release()``.
+    leaving ``with optimizer.dropping():``) gives every flag back; do so before another optimizer
+    takes the model over. To freeze a layer yourself, call ``release()`` first; the next plan
+    respects your flags. Activation checkpointing must be the non-reentrant one. Construction
+    switches no flag, so the first backward pass is a full one (only the planned layers are
+    updated), and a checkpointer that looks at the flags sees the model as it is; before loading a
+    distributed checkpoint into an optimizer that has stepped, call ``release()``.
 
     Args:
         params: Layers from input to output: a list of groups, or ``model.named_parameters()``
@@ -94,12 +95,12 @@ class DropMuon(Optimizer):
         "lr": "[0, inf)",
         "momentum": "[0, 1)",
         "weight_decay": "[0, inf)",
-        "sampling": "{uniform, full, epoch_shift} or [0, 1]",
+        "sampling": "{uniform, full, epoch_shift} or list of [0, 1]",
         "shift": "[0, inf)",
         "step_rule": "{lmo, sharp}",
         "seed": "int [0, inf)",
         "progress": "[0, 1]",
-        **{name: rule for name, rule in NS_RANGES.items() if name != "splits"},
+        **{name: rule for name, rule in NS_RANGES.items() if name not in ("splits", "flatten")},
     }
 
     def __init__(
@@ -143,6 +144,7 @@ class DropMuon(Optimizer):
                 "ns_dtype": ns_dtype_name(ns_dtype),
                 "polar": polar,
                 "splits": 1,
+                "flatten": False,
                 "maximize": maximize,
                 "foreach": foreach,
                 "compile": compile,
@@ -182,6 +184,8 @@ class DropMuon(Optimizer):
             for p, dropped in zip(group["params"], group.get("_dropped", ()), strict=False):
                 if dropped:
                     p.requires_grad_(True)
+                    if p in dropped_parameters:
+                        del dropped_parameters[p]
             group["_dropped"] = [False] * len(group["params"])
 
     @contextmanager
@@ -194,8 +198,14 @@ class DropMuon(Optimizer):
             self.release()
 
     def validate(self, group: Group) -> None:
-        """Refuse coefficients that are no triples."""
-        check_coefficients(group["ns_coefficients"])
+        """Refuse parameters that another optimizer has switched off for its next step."""
+        own = {
+            id(p)
+            for g in getattr(self, "param_groups", ())
+            for p, dropped in zip(g["params"], g.get("_dropped", ()), strict=False)
+            if dropped
+        }
+        refuse_dropped([p for p in group["params"] if id(p) not in own])
 
     def prepare(self) -> None:
         """Check the probabilities against the layers, draw if nothing is planned, set flags."""
@@ -205,6 +215,8 @@ class DropMuon(Optimizer):
             plan["cutoff"] = draw_cutoff(p, plan["seed"], plan["draws"])
         if plan["draws"] > 0:
             self._set_flags()
+        else:
+            self.release()
 
     def finish(self, loss: Tensor | None) -> None:
         """Draw the next step's cut-off and switch the flags."""
@@ -215,11 +227,18 @@ class DropMuon(Optimizer):
 
     def _set_flags(self) -> None:
         self.release()
-        for group in self.param_groups[: self.param_groups[0]["cutoff"]]:
+        trainable = [
+            i for i, g in enumerate(self.param_groups) if any(p.requires_grad for p in g["params"])
+        ]
+        # Some layer must keep its graph, or backward() has nothing to do and raises.
+        last = max(trainable, default=0)
+        for group in self.param_groups[: min(self.param_groups[0]["cutoff"], last)]:
             # Only what the user left trainable is switched off, and remembered.
             group["_dropped"] = [p.requires_grad for p in group["params"]]
             for p in group["params"]:
-                p.requires_grad_(False)
+                if p.requires_grad:
+                    p.requires_grad_(False)
+                    dropped_parameters[p] = True
 
     # ------------------------------------------------------------------ the rule
 

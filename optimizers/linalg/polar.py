@@ -52,7 +52,11 @@ def newton_schulz(
     """
     if G.ndim < 2:
         raise ValueError(f"G must have at least two dimensions; got shape {tuple(G.shape)}.")
-    X = G.to(dtype) if dtype is not None else G
+    # float16 over- and underflows before the division; the other types keep torch's order.
+    half = dtype is torch.float16
+    X = G.float() if half and G.dtype is not torch.float64 else G
+    if dtype is not None and not half:
+        X = G.to(dtype)
     if X.numel() == 0:
         return X.clone()
     tall = X.shape[-2] > X.shape[-1]
@@ -61,6 +65,8 @@ def newton_schulz(
     # Division out of place: the cast may have returned G itself.
     norms = _norms(X)
     X = X / (norms + eps if eps_mode == "add" else norms.clamp(min=eps))
+    if half:
+        X = X.half()
     for a, b, c in _rows(coefficients, steps):
         X = _quintic_step(X, a, b, c)
     result: Tensor = X.mT if tall else X
@@ -100,16 +106,19 @@ def polar_svd(G: Tensor) -> Tensor:
 
     Directions with :math:`\sigma \le 10^{-12} \sigma_{max}` in float64 (:math:`10^{-6}` in
     float32) are numerically absent from ``G`` and dropped, so the factor of a rank-deficient
-    matrix is a partial isometry. Half precision is computed in float32.
+    matrix is a partial isometry. Half precision is computed in float32. A matrix that is not
+    finite has the factor NaN.
     """
     work = G if G.dtype in (torch.float32, torch.float64) else G.float()
     if work.numel() == 0:
         return G.clone()
-    U, S, Vh = torch.linalg.svd(work, full_matrices=False)
+    # The decomposition raises on NaN, for the whole batch: such matrices go around it.
+    bad = ~torch.isfinite(work).all(-1, keepdim=True).all(-2, keepdim=True)
+    U, S, Vh = torch.linalg.svd(work.masked_fill(bad, 0), full_matrices=False)
     relative = 1e-12 if work.dtype is torch.float64 else 1e-6
     kept = (relative * S[..., :1] < S).to(work.dtype)
     factor: Tensor = (U * kept.unsqueeze(-2)) @ Vh
-    return factor.to(G.dtype)
+    return factor.masked_fill(bad, torch.nan).to(G.dtype)
 
 
 def dual_norm_spectral(G: Tensor, O: Tensor) -> Tensor:

@@ -12,12 +12,14 @@ from torch import Tensor
 from optimizers.linalg import newton_schulz, polar_svd
 
 
-def matrix_shape(shape: Sequence[int], splits: int = 1) -> tuple[int, int, int]:
+def matrix_shape(
+    shape: Sequence[int], splits: int = 1, flatten: bool = False
+) -> tuple[int, int, int]:
     """Return ``(count, rows, columns)`` of a parameter as a stack of matrices.
 
     Two dimensions are a matrix, or ``splits`` equal blocks of rows (a fused projection). Three
-    are a stack of matrices (experts, heads). Four and more are a convolution kernel
-    ``(out, in, *kernel)``, flattened to ``out x (in * kernel)``.
+    are a stack of matrices (experts, heads) or, with ``flatten``, like four and more, a
+    convolution kernel ``(out, in, *kernel)``, flattened to ``out x (in * kernel)``.
 
     Raises:
         ValueError: If the shape holds no matrix, or ``splits`` does not divide the rows.
@@ -25,7 +27,7 @@ def matrix_shape(shape: Sequence[int], splits: int = 1) -> tuple[int, int, int]:
     if len(shape) < 2:
         raise ValueError("vectors and scalars hold no matrix")
     count, rows, columns = 1, shape[0], math.prod(shape[1:])
-    if len(shape) == 3:
+    if len(shape) == 3 and not flatten:
         count, rows, columns = shape[0], shape[1], shape[2]
     if splits > 1:
         if len(shape) != 2:
@@ -36,28 +38,30 @@ def matrix_shape(shape: Sequence[int], splits: int = 1) -> tuple[int, int, int]:
     return count, rows, columns
 
 
-def as_matrices(tensor: Tensor, splits: int = 1) -> Tensor:
+def as_matrices(tensor: Tensor, splits: int = 1, flatten: bool = False) -> Tensor:
     """Return a view (a copy where the memory order forces it) of shape ``(count, rows, columns)``.
 
     A single matrix keeps its two dimensions, so that one matrix takes the unbatched kernels.
     """
-    count, rows, columns = matrix_shape(tensor.shape, splits)
-    if count == 1 and tensor.ndim != 3:
+    count, rows, columns = matrix_shape(tensor.shape, splits, flatten)
+    if count == 1 and (tensor.ndim != 3 or flatten):
         return tensor.reshape(rows, columns)
     return tensor.reshape(count, rows, columns)
 
 
 def orthogonalize(tensor: Tensor, group: dict[str, Any]) -> Tensor:
     """Return the polar factor of each matrix of one parameter, in the parameter's shape."""
-    return _polar(as_matrices(tensor, group["splits"]), group).reshape(tensor.shape)
+    return _polar(as_matrices(tensor, group["splits"], group["flatten"]), group).reshape(
+        tensor.shape
+    )
 
 
 def orthogonalize_all(tensors: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
     """The same for many parameters: matrices of equal shape share one batched iteration."""
-    splits = group["splits"]
+    splits, flatten = group["splits"], group["flatten"]
     stacks: dict[tuple[int, int], list[int]] = {}
     for index, tensor in enumerate(tensors):
-        _, rows, columns = matrix_shape(tensor.shape, splits)
+        _, rows, columns = matrix_shape(tensor.shape, splits, flatten)
         # A matrix and its transpose have the same iteration: batch them on the short side.
         stacks.setdefault((min(rows, columns), max(rows, columns)), []).append(index)
     results: list[Tensor | None] = [None] * len(tensors)
@@ -67,13 +71,13 @@ def orthogonalize_all(tensors: Sequence[Tensor], group: dict[str, Any]) -> list[
             continue
         wide = []
         for index in indices:
-            matrices = as_matrices(tensors[index], splits)
+            matrices = as_matrices(tensors[index], splits, flatten)
             matrices = matrices if matrices.ndim == 3 else matrices.unsqueeze(0)
             wide.append(matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices)
         factors = _polar(torch.cat(wide), group)
         parts = torch.split(factors, [w.shape[0] for w in wide])
         for index, part in zip(indices, parts, strict=True):
-            _, rows, columns = matrix_shape(tensors[index].shape, splits)
+            _, rows, columns = matrix_shape(tensors[index].shape, splits, flatten)
             part = part.mT if rows > columns else part
             results[index] = part.reshape(tensors[index].shape)
     return [result for result in results if result is not None]
@@ -98,43 +102,35 @@ def ns_dtype_name(dtype: Any) -> Any:
 
 
 NS_RANGES = {
-    "ns_coefficients": "finite",
+    "ns_coefficients": "3 of finite or list of 3 of finite",
     "eps": "(0, inf)",
     "eps_mode": "{clamp, add}",
     "ns_steps": "int [1, 99]",
     "ns_dtype": "{bfloat16, float16, float32, float64}",
     "polar": "{newton_schulz, svd}",
     "splits": "int [1, inf)",
+    "flatten": "bool",
 }
 
 
 def check_matrices(group: dict[str, Any], rule: str) -> None:
-    """Refuse parameters that hold no matrix worth orthogonalizing, and ragged coefficients."""
-    check_coefficients(group["ns_coefficients"])
+    """Raise ``ValueError`` unless every parameter is a matrix or a stack of matrices."""
     for p in group["params"]:
-        refuse_vectors(p, group["splits"], rule)
-
-
-def check_coefficients(rows: Any) -> None:
-    """Refuse coefficients that are neither a triple nor a list of triples."""
-    table = [rows] if isinstance(rows[0], (int, float)) else rows
-    for row in table:
-        if len(row) != 3:
-            raise ValueError(
-                f"ns_coefficients must be a triple (a, b, c) or a list of triples; got {rows!r}."
-            )
-
-
-def refuse_vectors(p: Tensor, splits: int, rule: str) -> None:
-    """Raise ``ValueError`` unless the parameter is a matrix or a stack of matrices."""
-    try:
-        _, rows, columns = matrix_shape(p.shape, splits)
-        problem = "" if p.numel() == 0 or max(rows, columns) > 1 else "a 1x1 matrix has no shape"
-    except ValueError as error:
-        problem = str(error)
-    if problem:
-        raise ValueError(
-            f"{rule} orthogonalizes matrices and got a parameter of shape {tuple(p.shape)} "
-            f"({problem}). Give it to AdamW: optimizers.muon_with_adamw(model) routes every "
-            "parameter to the rule that suits it."
+        remedy = (
+            "Give it to AdamW: optimizers.muon_with_adamw(model) routes every parameter to the "
+            "rule that suits it."
         )
+        try:
+            _, rows, columns = matrix_shape(p.shape, group["splits"], group["flatten"])
+            problem = (
+                "" if p.numel() == 0 or max(rows, columns) > 1 else "a 1x1 matrix has no shape"
+            )
+        except ValueError as error:
+            problem = str(error)
+            if p.ndim >= 2:
+                remedy = "Set splits to the number of matrices that are stacked in this parameter."
+        if problem:
+            raise ValueError(
+                f"{rule} orthogonalizes matrices and got a parameter of shape {tuple(p.shape)} "
+                f"({problem}). {remedy}"
+            )

@@ -66,6 +66,8 @@ class Muon(Optimizer):
         polar: ``"newton_schulz"`` or ``"svd"`` (exact, slow, for tests and small matrices).
         splits: Number of equal row blocks that are orthogonalized apart (3 for a fused QKV
             projection); the polar factor of a stack is not the stack of the polar factors.
+        flatten: Whether a parameter of three dimensions is a kernel ``(out, in, width)`` of a
+            one-dimensional convolution instead of a stack.
         maximize: Ascend instead of descend.
         foreach: ``None`` or ``True`` batches matrices of equal shape, ``False`` loops; equal to
             rounding of ``ns_dtype``.
@@ -111,6 +113,7 @@ class Muon(Optimizer):
         ns_dtype: torch.dtype | str = torch.bfloat16,
         polar: str = "newton_schulz",
         splits: int = 1,
+        flatten: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
         compile: bool = False,
@@ -130,6 +133,7 @@ class Muon(Optimizer):
                 "ns_dtype": ns_dtype_name(ns_dtype),
                 "polar": polar,
                 "splits": splits,
+                "flatten": flatten,
                 "maximize": maximize,
                 "foreach": foreach,
                 "compile": compile,
@@ -137,7 +141,7 @@ class Muon(Optimizer):
         )
 
     def validate(self, group: Group) -> None:
-        """Refuse vectors, and coefficients that are no triples."""
+        """Refuse vectors, and splits that do not divide."""
         check_matrices(group, "Muon")
 
     def init_state(self, p: Tensor, group: Group) -> State:
@@ -167,7 +171,7 @@ class Muon(Optimizer):
 
 def _ratio(p: Tensor, group: Group) -> float:
     """Return r(A, B) of the matrices in ``p``."""
-    _, rows, columns = matrix_shape(p.shape, group["splits"])
+    _, rows, columns = matrix_shape(p.shape, group["splits"], group["flatten"])
     if group["adjust_lr_fn"] == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
     if group["adjust_lr_fn"] == "none" or columns == 0:

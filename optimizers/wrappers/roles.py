@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimizers.layer_dropping.flags import refuse_dropped
+
 ROLES = (
     "hidden",  # a matrix between hidden layers
     "packed",  # several such matrices stacked in one weight, to be treated apart
@@ -27,7 +29,7 @@ ROLES = (
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
-_FUSED_NAME = re.compile(r"(qkv|in_proj|c_attn|query_key_value)")
+_FUSED_NAME = re.compile(r"(?:^|[._])(qkv|in_proj|c_attn|query_key_value)")
 _GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3, nn.RNN: 1, nn.RNNCell: 1}
 
 # Below and beyond these, orthogonalizing costs more than it gives (the bounds timm uses).
@@ -44,6 +46,7 @@ class Weight:
         role: One of :data:`ROLES`.
         reason: Why, in words.
         splits: Number of equal row blocks that are matrices of their own.
+        flatten: Whether three dimensions are a convolution kernel, not a stack of matrices.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Weight:
     role: str
     reason: str
     splits: int = 1
+    flatten: bool = False
 
 
 def classify(
@@ -59,7 +63,7 @@ def classify(
     example_inputs: Any = None,
     roles: Mapping[str, str] | None = None,
 ) -> list[Weight]:
-    """Establish the role of every trainable parameter of a model.
+    """Establish the role of every trainable parameter of a model; frozen ones are left out.
 
     Roles come from the modules that own a parameter, not from its shape alone. Which layer is
     the head and which convolution is first is read from one forward pass if ``example_inputs``
@@ -77,8 +81,10 @@ def classify(
         One record for each parameter, in the model's order; a tied parameter once.
 
     Raises:
-        ValueError: If a role is unknown, or a pattern of ``roles`` matches no parameter.
+        ValueError: If a role is unknown, a pattern of ``roles`` matches no parameter, or a
+            parameter is dropped for the next step of an optimizer that drops layers.
     """
+    refuse_dropped(model.parameters())
     owners = _owners(model)
     order = _execution_order(model, example_inputs)
     head, first_conv, how = _ends(model, order)
@@ -101,7 +107,8 @@ def classify(
                 splits = found[2] if found[0] == "packed" else 3
         else:
             role, reason, splits = _role(name, parameter, users, head, first_conv, how)
-        weights.append(Weight(name, parameter, role, reason, splits))
+        flatten = isinstance(users[0][1], nn.Conv1d) and parameter.ndim == 3
+        weights.append(Weight(name, parameter, role, reason, splits, flatten))
     return weights
 
 
@@ -169,6 +176,8 @@ def _role(
     owner = modules[0]
     if parameter.ndim < 2:
         return "vector", "bias, gain or scalar", 1
+    if parameter.is_complex():
+        return "unclassified", "complex, for which Muon has no rule", 1
     if len(users) > 1 and any(isinstance(m, _LOOKUPS) for m in modules):
         return "tied", "shared by " + " and ".join(n for n, _ in users), 1
     if isinstance(owner, _LOOKUPS):
@@ -178,7 +187,9 @@ def _role(
     if any(m is first_conv for m in modules):
         return "first_conv", f"the first convolution {how}", 1
     if isinstance(owner, nn.MultiheadAttention) and name.endswith("in_proj_weight"):
-        return "packed", "query, key and value projections in one weight", 3
+        return _matrix(parameter, 3, "query, key and value projections in one weight")
+    if isinstance(owner, nn.LSTM) and "weight_hr" in name:
+        return _matrix(parameter, 1, "the projection of an LSTM")
     for kind, gates in _GATES.items():
         if isinstance(owner, kind):
             return _matrix(parameter, gates, f"{gates} gates of {type(owner).__name__}")
@@ -198,7 +209,7 @@ def _role(
     if isinstance(owner, _CONVOLUTIONS):
         if owner.groups > 1:
             return "thin", "a grouped convolution: its rows see different inputs", 1
-        return _matrix(parameter, 1, "a convolution between hidden layers")
+        return _matrix(parameter.flatten(1), 1, "a convolution between hidden layers")
     if isinstance(owner, _TRANSPOSED):
         return "unclassified", "a transposed convolution stores (in, out); give its role", 1
     if isinstance(owner, nn.MultiheadAttention):

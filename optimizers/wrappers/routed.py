@@ -12,12 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimizers import checkpoint
+from optimizers import checkpoint, ranges
 from optimizers.oracle import Needs
 from optimizers.orthogonalized import Muon
 from optimizers.wrappers.roles import Weight, classify
 
 InnerGroups = list[dict[str, Any]]
+
+# What torch checks in its constructors and nowhere else.
+_INNER_RANGES = {
+    "lr_scale": "[0, inf)",
+    "weight_decay": "[0, inf)",
+    "betas": "2 of [0, 1)",
+    "eps": "[0, inf)",
+    "momentum": "[0, inf)",
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,9 @@ class Routed(torch.optim.Optimizer):
     and carry ``lr_scale``, the ratio of their own to it: whatever a scheduler does to ``lr``,
     multiplicative or not, the ratio stays. A group's rate in effect is ``lr * lr_scale``.
 
-    ``print(optimizer)`` shows who got which rule and why.
+    ``print(optimizer)`` shows who got which rule and why. Parameters that require no gradient at
+    construction are left out; hand them to :meth:`add_param_group` when you thaw them. OneCycleLR
+    and CyclicLR need ``cycle_momentum=False``: the rules' momenta mean different things.
 
     Args:
         weights: A model (its parameters are classified by :func:`classify`) or a list of
@@ -92,7 +103,7 @@ class Routed(torch.optim.Optimizer):
         for name, inner in self._inner.items():
             for group in inner.param_groups:
                 group["rule"] = name
-                group["lr_scale"] = _ratio(group["lr"], base_lr)
+                group["lr_scale"] = _ratio(group["lr"], base_lr, name)
                 group["lr"] = _copy(base_lr)
                 groups.append(group)
             _make_state(inner)
@@ -128,6 +139,7 @@ class Routed(torch.optim.Optimizer):
             for group, lr in zip(self.param_groups, rates, strict=True):
                 group["lr"] = lr * group["lr_scale"]
             for inner in self._inner.values():
+                inner.state = self.state  # one mapping, also if a caller put in another
                 inner.step()
         finally:
             for group, lr in zip(self.param_groups, rates, strict=True):
@@ -157,23 +169,37 @@ class Routed(torch.optim.Optimizer):
         if self._building:
             super().add_param_group(param_group)
             return
+        if "params" not in param_group:
+            raise ValueError("a param_group must have the key 'params'.")
         group = dict(param_group)
         name = group.pop("rule", None)
         if name not in self._inner:
             raise ValueError(
                 f"the group must name its rule, one of {list(self._inner)}; got {name!r}."
             )
-        inner = self._inner[name]
-        reference = next(g for g in self.param_groups if g["rule"] == name)
-        lr = group.pop("lr", None)
+        members = group["params"]
+        group["params"] = [members] if isinstance(members, Tensor) else list(members)
+        named = all(isinstance(p, tuple) for p in group["params"])
+        if not named and any("param_names" in g for g in self.param_groups):
+            raise ValueError(
+                "the other groups have names; pass (name, parameter) pairs, such as "
+                "list(layer.named_parameters())."
+            )
         taken = {id(p) for g in self.param_groups for p in g["params"]}
-        pairs = list(group["params"]) if not isinstance(group["params"], Tensor) else [None]
-        if any(id(p[1] if isinstance(p, tuple) else p) in taken for p in pairs):
+        if any(id(p[1] if isinstance(p, tuple) else p) in taken for p in group["params"]):
             raise ValueError("some parameters appear in more than one parameter group")
-        inner.add_param_group({**group, "lr": reference["lr"]})
+        reference = next(g for g in self.param_groups if g["rule"] == name)
+        scale = reference["lr_scale"]
+        if (lr := group.pop("lr", None)) is not None:
+            ranges.check("lr", lr, "[0, inf)")
+            # Against the rate that the schedule started from, where there is a schedule.
+            scale = _ratio(lr, reference.get("initial_lr", reference["lr"]), name)
+        inner = self._inner[name]
+        inner.add_param_group({**group, "lr": _copy(reference["lr"])})
         added = inner.param_groups[-1]
-        added["rule"] = name
-        added["lr_scale"] = reference["lr_scale"] if lr is None else _ratio(lr, reference["lr"])
+        added["rule"], added["lr_scale"] = name, scale
+        if "initial_lr" in reference:
+            added.setdefault("initial_lr", reference["initial_lr"])
         _make_state(inner)
         self.param_groups.append(added)
 
@@ -192,18 +218,25 @@ class Routed(torch.optim.Optimizer):
         Raises:
             ValueError: If groups, rules, names or state do not fit.
         """
-        loaded = dict(state_dict)
+        loaded = checkpoint.read(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, loaded)
             if result is not None:
-                loaded = dict(result)
-        groups, _ = checkpoint.decode(loaded, self.param_groups, "Routed")
+                loaded = checkpoint.read(result)
+        groups, packed = checkpoint.decode(loaded, self.param_groups, "Routed")
         rules = [group["rule"] for group in self.param_groups]
         if [group["rule"] for group in groups] != rules:
             raise ValueError(
                 f"the loaded state has the rules {[g['rule'] for g in groups]}, this optimizer "
                 f"has {rules}."
             )
+        for index, (group, states) in enumerate(zip(groups, packed, strict=True)):
+            where = f" (in loaded parameter group {index})"
+            ranges.check_all(group, {"lr": "[0, inf)", **_INNER_RANGES}, where)
+            for p, values in zip(group["params"], states, strict=True):
+                # torch's rules take any shape here and write past its end at the next step.
+                if values and self.state.get(p):
+                    checkpoint.refuse_misfit(self.state[p], values, p, foreign=False)
         ordered = checkpoint.by_name(loaded, self.param_groups)
         before = {name: dict(inner.__dict__) for name, inner in self._inner.items()}
         try:
@@ -265,6 +298,7 @@ def muon_with_adamw(
     weight_decay: float = 0.01,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
+    maximize: bool = False,
     example_inputs: Any = None,
     roles: Mapping[str, str] | None = None,
     **muon: Any,
@@ -282,6 +316,7 @@ def muon_with_adamw(
         weight_decay: Decoupled decay of every matrix and table; vectors get none.
         betas: Of AdamW.
         eps: Of AdamW.
+        maximize: Ascend instead of descend, in both rules.
         example_inputs: Inputs of one forward pass from which head and first convolution are read;
             see :func:`classify`.
         roles: Roles that you know better, by glob pattern of the name; see :func:`classify`.
@@ -304,17 +339,20 @@ def muon_with_adamw(
         warnings.warn(
             "the model has no hidden matrix: every parameter goes to AdamW.", stacklevel=2
         )
-    ratio = _ratio(adamw_lr, lr) if float(lr) else None
-    if ratio is None:
-        raise ValueError("lr must be positive at construction: it fixes the ratio of the rates.")
+    ranges.check_all(
+        {"lr": lr, "adamw_lr": adamw_lr, "weight_decay": weight_decay, "betas": betas, "eps": eps},
+        {"lr": "(0, inf)", "adamw_lr": "[0, inf)", **_INNER_RANGES},
+    )
 
     def build_muon(groups: InnerGroups) -> torch.optim.Optimizer:
-        return Muon(groups, lr, weight_decay=weight_decay, **muon)
+        return Muon(groups, lr, weight_decay=weight_decay, maximize=maximize, **muon)
 
     def build_adamw(groups: InnerGroups) -> torch.optim.Optimizer:
         parameters = [p for group in groups for _, p in group["params"]]
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-        return torch.optim.AdamW(groups, lr=adamw_lr, betas=betas, eps=eps, fused=fused or None)
+        return torch.optim.AdamW(
+            groups, lr=adamw_lr, betas=betas, eps=eps, maximize=maximize, fused=fused or None
+        )
 
     return Routed(
         weights,
@@ -323,7 +361,7 @@ def muon_with_adamw(
                 "muon",
                 build_muon,
                 wants=lambda w: w.role in ("hidden", "packed"),
-                options=lambda w: {"splits": w.splits},
+                options=lambda w: {"splits": w.splits, "flatten": w.flatten},
             ),
             Rule(
                 "adamw",
@@ -350,7 +388,12 @@ def _distribute(weights: list[Weight], rules: Sequence[Rule]) -> dict[Rule, Inne
         group["params"].append((weight.name, weight.parameter))
     if not groups:
         raise ValueError("optimizer got an empty parameter list: nothing in the model is trainable")
-    return {rule: list(groups[rule].values()) for rule in rules if rule in groups}
+    # In an order that the order of the modules does not decide: names then match on loading.
+    return {
+        rule: [groups[rule][key] for key in sorted(groups[rule])]
+        for rule in rules
+        if rule in groups
+    }
 
 
 def _refuse_unless_gradients(inner: torch.optim.Optimizer, name: str) -> None:
@@ -362,7 +405,12 @@ def _refuse_unless_gradients(inner: torch.optim.Optimizer, name: str) -> None:
         )
 
 
-def _ratio(lr: Any, base: Any) -> float:
+def _ratio(lr: Any, base: Any, rule: str) -> float:
+    if not float(base) > 0:
+        raise ValueError(
+            f"the ratio of the rate of the rule {rule!r} to {float(base)} is not defined; build "
+            "the optimizer with positive rates and let a scheduler start from 0."
+        )
     return float(lr) / float(base)
 
 

@@ -212,17 +212,18 @@ def names_are_matched(subject: Subject) -> None:
     wanted = {n: copy.deepcopy(optimizer.state[p]) for n, p in names}
     if not any(isinstance(v, Tensor) and v.ndim for s in wanted.values() for v in s.values()):
         raise NotApplicable("the rule keeps no tensor of the parameter's shape")
-    other = subject.make(names[::-1])
+    twin = dict(subject.case().model.named_parameters())
+    other = subject.make([(n, twin[n]) for n, _ in names[::-1]])
     try:
         other.load_state_dict(stored)
     except ValueError:
         return
     except Exception as error:
         raise CheckFailed(f"{type(error).__name__}: {error}") from error
-    for name, p in names:
+    for name, _ in names:
         for key, value in wanted[name].items():
             if isinstance(value, Tensor):
-                got = other.state[p][key]
+                got = other.state[twin[name]][key]
                 require(
                     got.shape == value.shape and bool((got == value).all()),
                     f"{name!r} got the {key} of another parameter",
