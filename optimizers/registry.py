@@ -155,9 +155,13 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
                 example={"lr": 0.5, "damping": 0.1},
                 state_floats="0, 1 with momentum",
                 evidence={
-                    "oracle": "tests/test_egn.py",
-                    "reduction": "tests/test_egn.py: SGD, normalised LMS, least squares",
-                    "rate": "tests/test_egn.py: descent and contraction inequalities",
+                    "oracle": "tests/test_egn.py::test_matches_the_oracle",
+                    "reduction": "tests/test_egn.py: SGD, normalised LMS, least squares, the "
+                    "paper's form",
+                    "rate": "tests/test_egn.py::test_descent_inequality_on_logistic_regression "
+                    "(derived)",
+                    "claim": "tests/test_egn.py"
+                    "::test_beats_tuned_first_order_rules_on_digits_in_fifty_steps",
                 },
             ),
             Spec(
@@ -165,12 +169,15 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
                 family="forward_only",
                 reference="An T. Le: Training Non-Differentiable Networks via Optimal Transport, "
                 "2026",
-                example={"epsilon": 0.5, "step_radius": 0.5, "probe_radius": 0.5},
+                example={"epsilon": 0.3},
                 state_floats="0, 1 with momentum",
                 evidence={
-                    "oracle": "tests/test_polystep.py",
-                    "reduction": "tests/test_polystep.py: linear losses, small radii",
-                    "rate": "tests/test_polystep.py: fixed point on a quadratic",
+                    "oracle": "tests/test_polystep.py::test_matches_the_oracle",
+                    "reduction": "tests/test_polystep.py: closed form on linear losses, gradient "
+                    "step for small radii",
+                    "rate": "tests/test_polystep.py: fixed point of the orthoplex (derived)",
+                    "claim": "trains a staircase network without a gradient; no better than "
+                    "evolution strategies at this scale",
                 },
                 exceptions={
                     "parameter_order_is_irrelevant": "the vector of all parameters is cut into "
