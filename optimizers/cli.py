@@ -308,7 +308,7 @@ def compare_command(
 @app.command("demo")
 def demo_command(
     out: _Out = Path("demo"),
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     steps: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Steps; each task's by default."),

@@ -55,6 +55,10 @@ def write(path: Path, fill: Callable[[Any], Any]) -> None:
     try:
         with os.fdopen(handle, "wb") as stream:
             fill(stream)
+        # mkstemp makes files for the owner alone; results are as readable as any other file.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
