@@ -193,7 +193,7 @@ class Optimizer(torch.optim.Optimizer):
             OracleError: If the objective cannot answer; the message names the remedy.
             RuntimeError: For sparse gradients, or gradients of another shape.
         """
-        if closure is None and self._is_dry():
+        if closure is None and checkpoint.is_dry_step(self.param_groups):
             return None
         params = self._all_params()
         oracle = as_oracle(closure, self.needs, type(self).__name__, params)
@@ -211,23 +211,6 @@ class Optimizer(torch.optim.Optimizer):
 
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
-
-    def _is_dry(self) -> bool:
-        """Whether this is a checkpointer's step: learning rates 0, gradients zero or absent.
-
-        Such a step exists to create state, which is here from the start, so nothing may change:
-        no parameter, no state, no counter, no random number.
-        """
-        for group in self.param_groups:
-            lr = group.get("lr")
-            if isinstance(lr, Tensor) and lr.device.type != "cpu":
-                return False  # reading it would stall the device
-            if lr != 0:
-                return False
-        return not any(
-            p.grad is not None and (p.grad.is_sparse or bool(p.grad.any()))
-            for p in self._all_params()
-        )
 
     def _batches(self, group: Group, signal: Signal) -> Iterable[_Batch]:
         """Collect the group's signals, refuse what cannot be used, split by device and dtype."""

@@ -1,4 +1,4 @@
-"""Reading an optimizer's state: validated as a whole before anything is changed."""
+"""Checkpoints: reading a state, validated as a whole before anything changes; dry steps."""
 
 from __future__ import annotations
 
@@ -14,6 +14,25 @@ FORMAT_VERSION = 1
 
 # Switches of torch's own optimizers that say how, not what, is computed.
 _TORCH_SWITCHES = frozenset({"fused", "capturable", "differentiable", "amsgrad", "foreach"})
+
+
+def is_dry_step(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a step without closure is a checkpointer's: rates 0, gradients zero or absent.
+
+    Such a step exists to create state, which is there from the start, so nothing may change: no
+    parameter, no state, no counter, no random number.
+    """
+    for group in groups:
+        lr = group.get("lr")
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            return False  # reading it would stall the device
+        if lr != 0:
+            return False
+    return not any(
+        p.grad is not None and (p.grad.is_sparse or bool(p.grad.any()))
+        for group in groups
+        for p in group["params"]
+    )
 
 
 def is_foreign(state_dict: Mapping[str, Any]) -> bool:

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from optimizers import Muon, Routed, Rule
 from optimizers.registry import SPECS
 from optimizers.testing.checks import CHECKS, Result, check_optimizer, pytest_params, run_check
 from optimizers.testing.checks.subject import CheckFailed, Subject
+from optimizers.wrappers import Weight
 
 OPTIMIZERS = [name for name, spec in SPECS.items() if spec.kind == "optimizer"]
 # One rule of each kernel family is compiled here; the others in the slow run.
@@ -50,6 +52,44 @@ def test_declared_exceptions_name_checks_and_give_reasons(name):
     for check, reason in SPECS[name].exceptions.items():
         assert check in CHECKS
         assert len(reason) > 10
+
+
+# ---------------------------------------------------------------- wrappers
+
+
+def routed(params, lr=1e-2, maximize=False):
+    """Return Routed on loose parameters: matrices to Muon, the rest to torch's AdamW."""
+    named = [p if isinstance(p, tuple) else (f"p{i}", p) for i, p in enumerate(params)]
+    weights = [Weight(n, p, "hidden" if p.ndim >= 2 else "vector", "by shape") for n, p in named]
+    options = {"lr": lr, "maximize": maximize}
+    return Routed(
+        weights,
+        [
+            Rule("muon", lambda g: Muon(g, **options), wants=lambda w: w.role == "hidden"),
+            Rule("adamw", lambda g: torch.optim.AdamW(g, **options), wants=lambda w: True),
+        ],
+    )
+
+
+_MAKES_GROUPS = "Routed makes the groups itself, from the roles of a model's weights"
+_NOT_FOR_ROUTED = {
+    "rejects_bad_lr_in_a_group": _MAKES_GROUPS,
+    "rejects_empty_and_duplicate_parameters": _MAKES_GROUPS,
+    "accepts_every_form_of_parameters": _MAKES_GROUPS,
+    "options_live_in_groups": _MAKES_GROUPS,
+    "group_learning_rate_is_obeyed": _MAKES_GROUPS,
+    "one_group_equals_many": _MAKES_GROUPS,
+    "tensor_lr_is_not_shared": _MAKES_GROUPS,
+    "group_added_later_trains": "a group added later must name its rule",
+    "lr_zero_does_not_move": "the ratio of the rates needs positive rates at construction",
+    "state_is_at_least_float32": "torch's AdamW keeps its state in the parameter's dtype",
+}
+
+
+@pytest.mark.parametrize("check", pytest_params(expensive=False))
+def test_contract_of_the_wrapper(check):
+    result = run_check(check, Subject(routed), _NOT_FOR_ROUTED)
+    assert result.status != "fail", result.why
 
 
 # ---------------------------------------------------------------- the checks can fail
