@@ -198,6 +198,8 @@ def test_a_declared_exception_that_passes_is_a_failure():
 
 
 def test_unknown_checks_are_refused():
+    with pytest.raises(LookupError, match="wrapper"):
+        check_optimizer("Routed")
     with pytest.raises(LookupError, match="no checks named"):
         check_optimizer(torch.optim.SGD, lr=0.1, only=["no_such_check"])
 

@@ -143,6 +143,11 @@ def check_optimizer(
         from optimizers.registry import get_spec
 
         spec = get_spec(optimizer)
+        if spec.kind != "optimizer":
+            raise LookupError(
+                f"{spec.name} is a {spec.kind} and is not made from parameters alone; check a "
+                "factory f(params, lr=...) that builds it."
+            )
         kwargs = {**spec.example, **kwargs}
         exceptions = {**spec.exceptions, **(exceptions or {})}
         optimizer = spec.cls
