@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import inspect
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import torch
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from torch import Tensor, nn
 
+from optimizers.board import Board, console, plain_table, told_once
 from optimizers.registry import Spec, get_spec, list_optimizers
-from optimizers.testing.harness import Event, compare, load_object, resolve_optimizer
-from optimizers.testing.report import Interval, RunResult, aggregate, plot
-from optimizers.testing.tasks import TASKS, MissingExtraError, get_task, require
+from optimizers.testing.harness import load_object
+from optimizers.testing.tasks import TASKS
 
 app = typer.Typer(
     help="Look at, compare and check the optimizers of the zoo.",
@@ -37,33 +26,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-_USAGE = 2
-_INTERRUPTED = 130
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Turn a user's mistake into one line on stderr and exit code 2."""
-    try:
-        yield
-    except (LookupError, ValueError, TypeError, MissingExtraError) as error:
-        # A KeyError or IndexError is a bug of ours and keeps its traceback.
-        if isinstance(error, (KeyError, IndexError)):
-            raise
-        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(_USAGE) from error
-
-
-def _console() -> Console:
-    # Made anew for each command, since tests and notebooks exchange sys.stdout.
-    return Console()
-
-
-def _plain_table(title: str | None = None) -> Table:
-    return Table(
-        title=title, header_style="bold", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
-    )
 
 
 def _split(texts: Sequence[str]) -> list[str]:
@@ -91,9 +53,9 @@ def list_command(
     family: Annotated[Optional[str], typer.Option(help="Only this family.")] = None,  # noqa: UP045
 ) -> None:
     """List the optimizers: what each needs, how much it sees, what it keeps, where it is from."""
-    with _told():
+    with told_once():
         names = list_optimizers(family)
-    table = _plain_table()
+    table = plain_table()
     for column in ("name", "kind", "family", "needs", "scope"):
         table.add_column(column, no_wrap=True)
     table.add_column("state floats")
@@ -107,7 +69,7 @@ def list_command(
             spec.scope.name.lower(),
             escape(spec.state_floats),
         )
-    out = _console()
+    out = console()
     out.print(table)
     # Below the table, where a reference has the whole line to itself.
     for name in names:
@@ -117,7 +79,7 @@ def list_command(
 @app.command("tasks")
 def tasks_command() -> None:
     """List the tasks on which optimizers can be compared."""
-    table = _plain_table()
+    table = plain_table()
     for column in ("name", "steps", "batch", "gradient"):
         table.add_column(column, no_wrap=True)
     table.add_column("description")
@@ -126,7 +88,7 @@ def tasks_command() -> None:
         table.add_row(
             task.name, str(task.steps), str(task.batch_size), gradient, escape(task.description)
         )
-    _console().print(table)
+    console().print(table)
 
 
 @app.command("show")
@@ -141,11 +103,11 @@ def show_command(
     ] = "128x64,128",
 ) -> None:
     """Show an optimizer's rule, reference, defaults, evidence and the memory of its state."""
-    with _told():
+    with told_once():
         spec = get_spec(name)
         network = _model(model) if model else _shaped(shapes)
         optimizer = spec.build(network, **spec.example)
-    out = _console()
+    out = console()
     out.print(f"[bold]{spec.name}[/]  ({spec.kind}, {spec.family})")
     out.print(escape(spec.reference), soft_wrap=True)
     out.print(f"needs {_flags(spec)}, scope {spec.scope.name}\n")
@@ -172,7 +134,7 @@ def _flags(spec: Spec) -> str:
 def _arguments(spec: Spec) -> Table:
     """Return a table of the constructor's arguments with defaults and ranges."""
     ranges: Mapping[str, str] = getattr(spec.cls, "ranges", {})
-    table = _plain_table()
+    table = plain_table()
     for column in ("argument", "default", "range"):
         table.add_column(column)
     for argument in inspect.signature(spec.cls).parameters.values():
@@ -282,7 +244,7 @@ def compare_command(
     """Compare optimizers on tasks: a table with 95 % intervals, a plot, and JSON for each run."""
     torch.set_num_threads(threads)
     options: dict[str, dict[str, Any]] = {}
-    with _told():
+    with told_once():
         names, labels = _split(task), _split(optimizers)
         for text in option or ():
             key, value = _assignment(text)
@@ -290,7 +252,7 @@ def compare_command(
             if not dot:
                 raise ValueError(f"write OPTIMIZER.key=value; got {text!r}.")
             options.setdefault(label, {})[argument] = value
-    with _Board() as board, _told():
+    with Board() as board, told_once():
         board.compare(
             names,
             labels,
@@ -318,7 +280,7 @@ def demo_command(
 ) -> None:
     """Compare the five optimizers on real data, within four minutes on a laptop."""
     torch.set_num_threads(threads)
-    with _Board() as board, _told():
+    with Board() as board, told_once():
         for task, names in _DEMO.items():
             board.compare([task], names, seeds, steps=steps, out_dir=out, resume=resume)
     board.close(out / "demo.png", [("digits-mlp", "steps"), ("staircase", "evaluations")])
@@ -329,124 +291,6 @@ _DEMO: Mapping[str, Sequence[str]] = {
     # AdamW as the reference: it trains the last layer alone, the first gets no gradient.
     "staircase": ("PolyStep", "torch.optim:AdamW"),
 }
-
-
-class _Board:
-    """Live progress of comparisons, and the table of what was finished, also after Ctrl-C."""
-
-    def __init__(self) -> None:
-        self.results: list[RunResult] = []
-        self.interrupted = False
-        self.out = _console()
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self.out,
-            transient=True,
-        )
-
-    def __enter__(self) -> _Board:
-        self.progress.start()
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
-        self.progress.stop()
-        self.interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        return self.interrupted
-
-    def compare(
-        self, tasks: Sequence[str], optimizers: Sequence[str], seeds: int, **settings: Any
-    ) -> None:
-        """Run a comparison; what finished stays in ``results`` when it is interrupted."""
-        # Every name is looked up before the first bar appears.
-        for task in tasks:
-            get_task(task)
-        for optimizer in optimizers:
-            resolve_optimizer(optimizer)
-        require("scipy.stats")
-        require("matplotlib.figure")
-        total = self.progress.add_task("runs", total=None, note="")
-        current = self.progress.add_task("", total=None, note="")
-
-        def told(event: Event) -> None:
-            self.progress.update(
-                current,
-                description=f"{event.task} {event.optimizer} seed {event.seed}",
-                completed=event.step,
-                total=event.steps,
-                note=f"loss {event.loss:.4f}" if math.isfinite(event.loss) else "",
-            )
-            finished = event.index + (event.result is not None)
-            self.progress.update(total, completed=finished, total=event.total)
-            if event.result is not None:
-                self.results.append(event.result)
-
-        compare(tasks, optimizers, seeds, progress=told, **settings)
-        self.progress.remove_task(current)
-        self.progress.remove_task(total)
-
-    def close(self, image: Path, panels: Sequence[tuple[str, str]] | None = None) -> None:
-        """Print the table, draw the plot, and exit with the code that tells how it went."""
-        for table in _tables(self.results):
-            self.out.print(table)
-        bad = [run for run in self.results if run.status != "ok"]
-        for run in bad:
-            self.out.print(
-                f"{run.task} {run.optimizer} seed {run.seed} {run.status}: {escape(run.message)}",
-                soft_wrap=True,
-            )
-        if any(run.curve for run in self.results):
-            with _told():
-                plot(self.results, image, panels=panels)
-            self.out.print(f"plot: {image}", soft_wrap=True, highlight=False)
-        if self.interrupted:
-            self.out.print(f"interrupted after {len(self.results)} finished run(s)")
-            raise typer.Exit(_INTERRUPTED)
-        if any(run.status == "failed" for run in bad):
-            raise typer.Exit(1)
-
-
-def _tables(results: Sequence[RunResult]) -> Iterator[Table]:
-    """Yield one table per task, with 95 % intervals of the mean over seeds."""
-    blank = Interval(math.nan, math.nan, 0)
-    summaries = aggregate(results)
-    for task in dict.fromkeys(row.task for row in summaries):
-        table = _plain_table(f"{task}: mean over seeds ± 95 % t-interval")
-        table.add_column("optimizer", min_width=17)
-        for column in ("ok", "val. loss", "accuracy %", "losses", "gradients", "sec."):
-            table.add_column(column, justify="right", no_wrap=True)
-        for row in summaries:
-            if row.task != task:
-                continue
-            metrics = row.metrics
-            table.add_row(
-                escape(row.optimizer),
-                f"{row.runs['ok']}/{sum(row.runs.values())}",
-                _interval(metrics.get("val_loss", blank), "{:.4f}"),
-                _interval(metrics.get("val_accuracy", blank), "{:.1f}", 100),
-                _count(metrics["loss_evals"].mean),
-                _count(metrics["gradient_evals"].mean),
-                "{:.2f}".format(metrics.get("seconds", blank).mean),
-            )
-        yield table
-
-
-def _interval(value: Interval, form: str, scale: float = 1.0) -> str:
-    if not value.n:
-        return "-"
-    mean = form.format(scale * value.mean)
-    return mean if math.isnan(value.half) else f"{mean} ± {form.format(scale * value.half)}"
-
-
-def _count(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:,.0f}"
-
-
-# -- check -------------------------------------------------------------------------------------
 
 
 @app.command("check")
@@ -461,22 +305,22 @@ def check_command(
     ] = False,
 ) -> None:
     """Check any torch optimizer for conformance; exit with 1 if an undeclared check fails."""
-    with _told():
+    with told_once():
         kwargs = dict(_assignment(text) for text in kwarg or ())
         # By its name an optimizer of the zoo brings its example arguments and declared exceptions.
         subject = load_object(optimizer) if ":" in optimizer else get_spec(optimizer).name
 
     from optimizers.testing import checks
 
-    out = _console()
-    with out.status("checking") as status, _told():
+    out = console()
+    with out.status("checking") as status, told_once():
         report = checks.check_optimizer(
             subject,
             expensive=not fast,
             progress=lambda result: status.update(f"{result.name}: {result.status}"),
             **kwargs,
         )
-    table = _plain_table()
+    table = plain_table()
     table.add_column("check", no_wrap=True)
     table.add_column("result", no_wrap=True)
     table.add_column("why", overflow="fold")
@@ -485,6 +329,6 @@ def check_command(
         colour = colours.get(result.status, "dim")
         table.add_row(escape(result.name), f"[{colour}]{result.status}[/]", escape(result.why))
     out.print(table)
-    out.print(f"{report.count('pass')} of {len(report.results)} checks pass")
+    out.print(escape(report.summary), soft_wrap=True, highlight=False)
     if not report.ok:
         raise typer.Exit(1)

@@ -264,10 +264,14 @@ class Objective:
             with torch.no_grad():
                 losses: Tensor = many(list(candidates))
         except RuntimeError as error:
+            if "randomness" in str(error):
+                raise OracleError(
+                    "the model draws random numbers (dropout in training mode?), so its loss is no "
+                    "function of the parameters. Call model.eval()."
+                ) from error
             raise OracleError(
-                f"the model cannot be evaluated for many candidates at once ({error}). "
-                "Switch off dropout and batch statistics with model.eval(), or pass a plain "
-                "closure, which is evaluated candidate by candidate."
+                f"the model cannot be evaluated for many candidates at once ({error}). Pass a "
+                "plain closure, which is evaluated candidate by candidate."
             ) from error
         self.counts.loss += losses.numel()
         return losses

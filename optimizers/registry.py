@@ -208,6 +208,7 @@ def list_optimizers(family: str | None = None) -> list[str]:
     Raises:
         LookupError: If there is no such family.
     """
+    family = family.replace("-", "_") if family is not None else None
     if family is not None and family not in FAMILIES:
         raise LookupError(_unknown("family", family, FAMILIES))
     return [name for name, spec in SPECS.items() if family in (None, spec.family)]

@@ -183,7 +183,7 @@ def test_check_ends_with_one_where_an_undeclared_check_fails(call, monkeypatch):
     done = call("check", SGD, "--kwarg", "lr=1e-3", "--kwarg", "nesterov=False", "--fast")
     assert done.exit_code == 0, done.output
     assert "[no] rule" in done.stdout
-    assert "1 of 2 checks pass" in done.stdout
+    assert "SGD: 1 pass, 0 fail, 1 declared" in done.stdout
     assert call("check", "AMSGrad").exit_code == 0
     assert calls == [
         (torch.optim.SGD, False, {"lr": 1e-3, "nesterov": False}),
@@ -196,7 +196,14 @@ def test_check_ends_with_one_where_an_undeclared_check_fails(call, monkeypatch):
 def test_check_passes_a_real_optimizer_of_the_zoo(call):
     done = call("check", "AMSGrad", "--fast")
     assert done.exit_code == 0, done.output
-    assert "fail" not in done.stdout
+    assert " 0 fail" in done.stdout
+    assert "failed:" not in done.stdout
+
+
+def test_check_says_a_wrong_value_once(call):
+    done = call("check", "AMSGrad", "--kwarg", "lr=-3", "--fast")
+    assert done.exit_code == 2
+    assert done.output.count("lr must lie in") == 1
 
 
 @pytest.mark.parametrize("package", ["typer", "rich"])

@@ -67,9 +67,10 @@ class PolyStep(Optimizer):
 
     With K = 1 the loss is measured at *half* the probe radius. For small radii every template
     makes the gradient step of rate **lr_eff = r s rho / (d epsilon)**, s = 1/2, in physical radii;
-    0.25 to 1.6 in the paper's runs. Opposite vertices of the orthoplex tie at the minimum of a
-    quadratic, so it converges there; the simplex stalls at a distance. On a constant loss nothing
-    moves. All of these are derived.
+    0.25 to 1.6 in the paper's runs, but 0.05 with the defaults (0.0125 with a rank), which are
+    the code's: if the loss hardly moves, raise ``step_radius``, then ``probe_radius``. Opposite
+    vertices of the orthoplex tie at the minimum of a quadratic, so it converges there; the simplex
+    stalls at a distance. On a constant loss nothing moves. All of these are derived.
 
     With ``rank=q`` the coordinates of a matrix are those of a random subspace of
     ``min(q (d_out + d_in), numel)`` dimensions, :math:`\theta = \theta_0 + M x`; vectors keep all

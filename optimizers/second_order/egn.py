@@ -184,7 +184,8 @@ class EGN(Optimizer):
         if any("exp_avg" not in self.state[p] for p, g in members if g["momentum"] > 0):
             raise ValueError(
                 f"momentum must be positive from the start to be used; got {options['momentum']} "
-                f"in a running {name}. Build a new one with this momentum."
+                f"in a running {name}. Build a new one with this momentum; OneCycleLR and CyclicLR "
+                "set it by themselves unless cycle_momentum=False."
             )
         form = read_loss(objective.loss_fn, options["loss"], name)
         check_samplewise(objective.model, name)

@@ -32,7 +32,8 @@ def muon_with_adamw(
 
     Hidden and packed matrices go to :class:`Muon`; embeddings, tied weights, heads, the first
     convolution, thin matrices, and vectors go to ``torch.optim.AdamW`` (fused). What could not be
-    classified goes to AdamW with a warning that names it.
+    classified goes to AdamW with a warning that names it. OneCycleLR and CyclicLR need
+    ``cycle_momentum=False``.
 
     Args:
         model: The model.
@@ -49,8 +50,13 @@ def muon_with_adamw(
 
     Raises:
         ValueError: For an option outside its range, or a model without trainable parameters.
-        TypeError: For an option that Muon does not have.
+        TypeError: For an option that Muon does not have, or parameters in the place of the model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"muon_with_adamw sorts the parameters of a model; got a {type(model).__name__}. Pass "
+            "the model itself, not model.parameters()."
+        )
     weights = classify(model, example_inputs=example_inputs, roles=roles)
     unclear = [w for w in weights if w.role == "unclassified"]
     if unclear:

@@ -74,13 +74,20 @@ class Report:
         """Return how many checks ended with a status."""
         return sum(r.status == status for r in self.results)
 
+    @property
+    def summary(self) -> str:
+        """One line: how many checks ended how, and which failed."""
+        kinds = ("pass", "fail", "declared", "not applicable")
+        counts = ", ".join(f"{self.count(k)} {k}" for k in kinds if self.count(k) or k == "fail")
+        failed = ", ".join(r.name for r in self.failures)
+        return f"{self.optimizer}: {counts}" + (f"; failed: {failed}" if failed else "")
+
     def __str__(self) -> str:
         width = max((len(r.name) for r in self.results), default=0)
-        lines = [f"{self.optimizer}: {self.count('pass')} of {len(self.results)} checks pass"]
-        lines.extend(
+        rows = [
             f"  {r.name.ljust(width)}  {r.status.ljust(14)}  {r.why}".rstrip() for r in self.results
-        )
-        return "\n".join(lines)
+        ]
+        return "\n".join([*rows, self.summary])
 
 
 def run_check(
@@ -138,6 +145,7 @@ def check_optimizer(
 
     Raises:
         LookupError: If a name in ``only`` or ``exceptions``, or the optimizer's, is unknown.
+        ValueError: If it cannot be constructed or take a single step.
     """
     if isinstance(optimizer, str):
         from optimizers.registry import get_spec
@@ -156,6 +164,7 @@ def check_optimizer(
     if unknown:
         raise LookupError(f"there are no checks named {unknown}; known: {', '.join(CHECKS)}.")
     subject = Subject(optimizer, kwargs, needs=needs)
+    _must_run(subject)
     report = Report(str(subject.name))
     for name in names:
         if CHECKS[name].expensive and not expensive and only is None:
@@ -165,6 +174,20 @@ def check_optimizer(
         if progress is not None:
             progress(result)
     return report
+
+
+def _must_run(subject: Subject) -> None:
+    """Say once, before seventy checks would, that the optimizer cannot take a step."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            case, optimizer = subject.pair()
+            case.step(optimizer, 0)
+    except Exception as error:
+        raise ValueError(
+            f"{subject.name} takes no step with the arguments {subject.kwargs}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def pytest_params(expensive: bool = True) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import subprocess
@@ -25,7 +26,7 @@ from optimizers.testing.checks.subject import (
     require,
 )
 
-_PATIENCE = 240  # seconds; on a loaded machine starting torch alone takes ten
+_PATIENCE = 120  # seconds; on a loaded machine starting torch alone takes ten
 
 
 @expensive_check
@@ -123,7 +124,7 @@ def _resume(subject: Subject, path: Path) -> list[torch.Tensor]:
 
 
 def _ddp(subject: Subject, path: Path, rank: int) -> list[torch.Tensor]:
-    from torch import distributed, nn
+    from torch import distributed
 
     # A file as meeting point: no port that another process could take in between.
     distributed.init_process_group(
@@ -134,19 +135,31 @@ def _ddp(subject: Subject, path: Path, rank: int) -> list[torch.Tensor]:
         timeout=timedelta(seconds=60),
     )
     try:
-        case, optimizer = subject.pair()
-        # Some rules switch flags between steps; DDP must expect parameters without gradients.
-        model = nn.parallel.DistributedDataParallel(case.model, find_unused_parameters=True)
-        for k in range(5):
-            x, y = case.batch(k)
-            half = slice(4 * rank, 4 * rank + 4)
-            model.zero_grad()
-            loss = nn.functional.mse_loss(model(x[half]), y[half])
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        return case.values()
+        values = _train_in_parallel(subject, rank)
+        gc.collect()
+        distributed.barrier()
     finally:
         distributed.destroy_process_group()
+    return values
+
+
+def _train_in_parallel(subject: Subject, rank: int) -> list[torch.Tensor]:
+    """Train on this rank's half of each batch.
+
+    In a function of its own, so that the wrapper dies before the process group does: a reducer
+    that outlives its group now and then waits for ever.
+    """
+    case, optimizer = subject.pair()
+    # Some rules switch flags between steps; DDP must expect parameters without gradients.
+    model = torch.nn.parallel.DistributedDataParallel(case.model, find_unused_parameters=True)
+    for k in range(5):
+        x, y = case.batch(k)
+        half = slice(4 * rank, 4 * rank + 4)
+        model.zero_grad()
+        loss = torch.nn.functional.mse_loss(model(x[half]), y[half])
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return case.values()
 
 
 if __name__ == "__main__":

@@ -53,9 +53,11 @@ def gradient_is_not_written(subject: Subject) -> None:
             inject(params, [g.clone() for g in grads])
             optimizer.step()
             left = [p.grad for p in params]
-            require(all(g is not None for g in left), f".grad is None after the step ({options})")
+            where = f" with {options}" if options else ""
+            require(all(g is not None for g in left), f".grad is None after the step{where}")
             require(
-                equal([g for g in left if g is not None], grads), f".grad was written ({options})"
+                equal([g for g in left if g is not None], grads),
+                f".grad was written{where}; use g.mul(...) in the place of g.mul_(...)",
             )
 
 
