@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from optimizers.registry import markdown_table
+from optimizers.registry import SPECS, markdown_table
+from optimizers.testing.checks import CHECKS
 from optimizers.testing.report import aggregate, load_results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,6 +97,13 @@ def test_the_table_is_the_registry():
 
 def test_the_demo_is_the_committed_run():
     assert part("demo") == demo_table(), "run: python tests/test_readme.py"
+
+
+def test_the_conformance_table_knows_every_check_and_optimizer():
+    text = (ROOT / "docs" / "conformance.md").read_text()
+    assert set(re.findall(r"^\| \*\*(\w+)\*\*", text, re.M)) == set(CHECKS)
+    for name, spec in SPECS.items():
+        assert f"`{name}`" in text or spec.kind != "optimizer"
 
 
 def test_links_lead_somewhere():
