@@ -1,5 +1,6 @@
 """Every snippet of the README and of CONTRIBUTING runs, and the generated parts are fresh."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -45,6 +46,21 @@ def demo_table():
         "network is small: fewer steps to a loss are not fewer seconds here. On `staircase` the "
         "first layer has no gradient, so AdamW trains the last layer alone; PolyStep spends "
         "96,000 forward passes on it."
+    )
+
+
+def cost_table():
+    """Return the README's table of step costs, from the committed measurement."""
+    report = json.loads((ROOT / "benchmarks" / "results" / "step_cost.json").read_text())
+    lines = ["| tensors | optimizer | time, as a ratio |", "| --- | --- | --- |"]
+    for shapes, rows in report["results"].items():
+        lines += [f"| {shapes} | `{name}` | {row['ratio']:.2f} |" for name, row in rows.items()]
+    return (
+        "\n".join(lines)
+        + f"\n\nOne step, relative to the first row of each block in the same run (medians over "
+        f"rounds; torch {report['torch']}, {report['threads']} CPU threads, "
+        f"{report['machine']}, no bfloat16 matrix unit). Regenerate with "
+        "`python benchmarks/step_cost.py --out benchmarks/results/step_cost.json`."
     )
 
 
@@ -99,6 +115,10 @@ def test_the_demo_is_the_committed_run():
     assert part("demo") == demo_table(), "run: python tests/test_readme.py"
 
 
+def test_the_costs_are_the_committed_measurement():
+    assert part("cost") == cost_table(), "run: python tests/test_readme.py"
+
+
 def test_the_conformance_table_knows_every_check_and_optimizer():
     text = (ROOT / "docs" / "conformance.md").read_text()
     assert set(re.findall(r"^\| \*\*(\w+)\*\*", text, re.M)) == set(CHECKS)
@@ -113,7 +133,11 @@ def test_links_lead_somewhere():
 
 if __name__ == "__main__":
     fresh = README
-    for name, text in (("table", markdown_table()), ("demo", demo_table())):
+    for name, text in (
+        ("table", markdown_table()),
+        ("demo", demo_table()),
+        ("cost", cost_table()),
+    ):
         fresh = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
             lambda m, text=text: f"{m.group(1)}\n{text}\n\n{m.group(2)}",

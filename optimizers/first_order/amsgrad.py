@@ -189,7 +189,12 @@ class AMSGrad(Optimizer):
         m = [s["exp_avg"] for s in states]
         v = [s["exp_avg_sq"] for s in states]
         _lerp_(m, grads, [1 - beta1 for _, beta1, _ in per_tensor])
-        _lerp_(v, torch._foreach_mul(grads, grads), [1 - beta2 for _, _, beta2 in per_tensor])
+        decays = [beta2 for _, _, beta2 in per_tensor]
+        if _uniform(decays):  # without a temporary
+            torch._foreach_mul_(v, decays[0])
+            torch._foreach_addcmul_(v, grads, grads, 1 - decays[0])
+        else:
+            _lerp_(v, torch._foreach_mul(grads, grads), [1 - beta2 for beta2 in decays])
         if group["beta2_schedule"] is None:
             maxima = [s["max_exp_avg_sq"] for s in states]
             torch._foreach_maximum_(maxima, v)
@@ -203,9 +208,12 @@ class AMSGrad(Optimizer):
         if group["eps"] == 0:
             for d in denominators:
                 d.masked_fill_(d == 0, 1)
-        steps = torch._foreach_div(m, denominators)
-        torch._foreach_mul_(steps, lrs)
-        torch._foreach_sub_(params, steps)
+        if any(isinstance(lr, Tensor) for lr in lrs):
+            steps = torch._foreach_div(m, denominators)
+            torch._foreach_mul_(steps, lrs)
+            torch._foreach_sub_(params, steps)
+        else:  # without a temporary
+            torch._foreach_addcdiv_(params, m, denominators, [-lr for lr in lrs])
 
 
 def _schedules(t: Any, group: Group) -> tuple[Any, Any, Any]:
@@ -223,9 +231,14 @@ def _schedules(t: Any, group: Group) -> tuple[Any, Any, Any]:
     return lr, beta1, beta2
 
 
+def _uniform(values: list[Any]) -> bool:
+    """Whether all are one number."""
+    return all(not isinstance(v, Tensor) and v == values[0] for v in values)
+
+
 def _lerp_(averages: list[Tensor], values: Any, weights: list[Any]) -> None:
     """``a <- a + w (v - a)`` with one weight per tensor."""
-    if all(not isinstance(w, Tensor) and w == weights[0] for w in weights):
+    if _uniform(weights):
         torch._foreach_lerp_(averages, values, weights[0])
         return
     differences = torch._foreach_sub(values, averages)
