@@ -37,6 +37,7 @@ def demo_table():
             f"| {row.metrics['seconds'].mean:.1f} |"
         )
     first = results[0]
+    forwards = next(r.counts["loss"] for r in results if r.optimizer == "PolyStep")
     versions, machine = first.versions, first.platform
     return (
         "![validation loss of the demo's optimizers](docs/demo/demo.png)\n\n"
@@ -45,7 +46,7 @@ def demo_table():
         f"torch {versions['torch']}, {machine['machine']}, {machine['threads']} thread. The digits "
         "network is small: fewer steps to a loss are not fewer seconds here. On `staircase` the "
         "first layer has no gradient, so AdamW trains the last layer alone; PolyStep spends "
-        "96,000 forward passes on it."
+        f"{forwards:,} forward passes on it."
     )
 
 
@@ -59,7 +60,7 @@ def cost_table():
         "\n".join(lines)
         + f"\n\nOne step, relative to the first row of each block in the same run (medians over "
         f"rounds; torch {report['torch']}, {report['threads']} CPU threads, "
-        f"{report['machine']}, no bfloat16 matrix unit). Regenerate with "
+        f"{report['machine']}). Regenerate with "
         "`python benchmarks/step_cost.py --out benchmarks/results/step_cost.json`."
     )
 

@@ -51,8 +51,8 @@ class PolyStep(Optimizer):
     where a gradient exists (a backward pass replaces thousands of forwards), not for noisy losses
     (see below), not for more than some 10^4 coordinates. A step costs **P V K forward passes**,
     :math:`P = \lceil n/d \rceil` for n coordinates: ``2 n K`` with the orthoplex, ``n (d+1)/d K``
-    with the simplex, ``n 2^d/d K`` with the cube. At equal numbers of forward passes evolution
-    strategies do as well on small networks.
+    with the simplex, ``n 2^d/d K`` with the cube. Whether it leads evolution strategies at
+    equal numbers of forward passes is not tested here.
 
     All trainable parameters, in order, are one vector of coordinates, cut into particles
     :math:`x_i \in R^d` (padded with zeros). At step t = 0, 1, ..., with fresh rotations

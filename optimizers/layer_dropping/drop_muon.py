@@ -30,9 +30,9 @@ class DropMuon(Optimizer):
     The layers below the cut-off keep weights and momentum, and their backward pass is not run:
     the next step's layers are drawn when a step ends, and until then the parameters of the others
     require no gradient, so the ordinary loop (zero_grad, forward, backward, step) stops at the
-    cut-off by itself. Each step is cheaper and more steps are needed; at small scale the two
-    cancel, so measure before you rely on a gain. Use it where the backward pass of the early
-    layers dominates.
+    cut-off by itself. Each step is cheaper and more steps are needed; which of the two wins is not
+    established here, so measure before you rely on a gain. Use it where the backward pass of the
+    early layers dominates.
 
     The rule, for each matrix :math:`W` of an active layer with gradient :math:`G`:
 

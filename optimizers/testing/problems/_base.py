@@ -275,6 +275,7 @@ class Problem(ABC):
         return float(self._f(x)) - self.fstar  # for optima known in closed form
 
     def _per_sample(self, x: Tensor) -> Tensor:
+        # A capability that this problem rightly lacks, as torch signals a missing kernel.
         raise NotImplementedError(f"{self.name} is not a mean over samples.")
 
     def _smooth(self, x: Tensor) -> Tensor:
@@ -284,6 +285,7 @@ class Problem(ABC):
         return self._grad(x)
 
     def _prox(self, x: Tensor, step: float) -> Tensor:
+        # A capability that a smooth problem rightly lacks.
         raise NotImplementedError(f"{self.name} has no part with a proximal operator.")
 
     def _project(self, x: Tensor) -> Tensor:

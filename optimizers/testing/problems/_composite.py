@@ -252,6 +252,7 @@ class SVM(Problem):
         return self.lam * x - violated @ self.signed / self.n
 
     def _hessian(self, x: Tensor) -> Tensor:
+        # A hinge has no Hessian: nothing is missing that could be written.
         raise NotImplementedError("svm is not twice differentiable.")
 
     def _project(self, x: Tensor) -> Tensor:
