@@ -137,8 +137,8 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
                     "oracle": "tests/test_drop_muon.py::test_matches_the_oracle",
                     "reduction": "tests/test_drop_muon.py: Muon when nothing is dropped",
                     "rate": "tests/test_drop_muon.py::test_expected_decrease",
-                    "claim": "tests/test_drop_muon.py: dropped layers run no backward; a gain in time "
-                    "to a loss is not established",
+                    "claim": "tests/test_drop_muon.py: dropped layers run no backward; a gain in "
+                    "time to a loss is not established",
                 },
                 exceptions={
                     "one_group_equals_many": "a group is a layer",
@@ -177,8 +177,8 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
                     "reduction": "tests/test_polystep.py: closed form on linear losses, gradient "
                     "step for small radii",
                     "rate": "tests/test_polystep.py: fixed point of the orthoplex (derived)",
-                    "claim": "tests/test_polystep.py: trains a staircase network without a gradient; "
-                    "the lead over evolution strategies is not tested",
+                    "claim": "tests/test_polystep.py: trains a staircase network without a "
+                    "gradient; the lead over evolution strategies is not tested",
                 },
                 exceptions={
                     "parameter_order_is_irrelevant": "the vector of all parameters is cut into "
