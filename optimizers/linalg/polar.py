@@ -1,19 +1,20 @@
 r"""The polar factor of a matrix: :math:`U V^\top` for :math:`G = U S V^\top`.
 
 Every function is batched over leading dimensions, works on the short side and maps the zero
-matrix to zero.
+matrix to zero; a matrix that is not finite becomes NaN and leaves the others of its batch alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-MUON_COEFFICIENTS: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
-"""The quintic of Muon: steep at zero, and not convergent (singular values end near 0.7 to 1.2)."""
+from optimizers.linalg.coefficients import MUON_COEFFICIENTS, Triple, rows_of
+
+# One correcting step: p(1) = 1 with two vanishing derivatives, so an error e becomes 5/2 e^3.
+CORRECTION: Triple = (15 / 8, -10 / 8, 3 / 8)
 
 
 def newton_schulz(
@@ -32,7 +33,9 @@ def newton_schulz(
 
     .. math:: X \leftarrow a X + (b R + c R R) X, \qquad R = X X^\top,
 
-    that is every singular value :math:`\sigma` to :math:`a\sigma + b\sigma^3 + c\sigma^5`.
+    that is every singular value :math:`\sigma` to :math:`a\sigma + b\sigma^3 + c\sigma^5`. This
+    is the plain loop, in torch's order of operations, so that ``torch.optim.Muon`` can be
+    reproduced bit by bit; :func:`optimizers.linalg.polar` has faster forms.
 
     Args:
         G: Matrices ``(..., rows, columns)``.
@@ -63,42 +66,28 @@ def newton_schulz(
     if tall:
         X = X.mT
     # Division out of place: the cast may have returned G itself.
-    norms = _norms(X)
+    norms = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
     X = X / (norms + eps if eps_mode == "add" else norms.clamp(min=eps))
     if half:
         X = X.half()
-    for a, b, c in _rows(coefficients, steps):
-        X = _quintic_step(X, a, b, c)
+    for row in rows_of(coefficients, steps):
+        X = quintic_step(X, row)
     result: Tensor = X.mT if tall else X
     return result
 
 
-def _norms(X: Tensor) -> Tensor:
-    """Frobenius norms, keeping the matrix dimensions."""
-    norms: Tensor = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-    return norms
-
-
-def _rows(
-    coefficients: Sequence[float] | Sequence[Sequence[float]], steps: int
-) -> list[tuple[float, float, float]]:
-    """Return one triple for each step."""
-    table: list[Any] = [coefficients]
-    if not isinstance(coefficients[0], (int, float)):
-        table = list(coefficients)
-    return [tuple(table[min(k, len(table) - 1)]) for k in range(steps)]
-
-
-def _quintic_step(X: Tensor, a: float, b: float, c: float) -> Tensor:
-    R = X @ X.mT
+def quintic_step(X: Tensor, row: Triple, transposed: bool = False) -> Tensor:
+    """Return ``p(X)``; the products are on the left, or for tall matrices on the right."""
+    a, b, c = row
+    R = X.mT @ X if transposed else X @ X.mT
+    if X.ndim > 3:
+        P = b * R + c * (R @ R)
+        return a * X + (X @ P if transposed else P @ X)
     if X.ndim == 2:
-        Y = torch.addmm(R, R, R, beta=b, alpha=c)
-        return torch.addmm(X, Y, X, beta=a)
-    if X.ndim == 3:
-        Y = torch.baddbmm(R, R, R, beta=b, alpha=c)
-        return torch.baddbmm(X, Y, X, beta=a)
-    Y = b * R + c * (R @ R)
-    return a * X + Y @ X
+        P = torch.addmm(R, R, R, beta=b, alpha=c)
+        return torch.addmm(X, *((X, P) if transposed else (P, X)), beta=a)
+    P = torch.baddbmm(R, R, R, beta=b, alpha=c)
+    return torch.baddbmm(X, *((X, P) if transposed else (P, X)), beta=a)
 
 
 def polar_svd(G: Tensor) -> Tensor:
@@ -119,6 +108,32 @@ def polar_svd(G: Tensor) -> Tensor:
     kept = (relative * S[..., :1] < S).to(work.dtype)
     factor: Tensor = (U * kept.unsqueeze(-2)) @ Vh
     return factor.masked_fill(bad, torch.nan).to(G.dtype)
+
+
+def polar_eigh(G: Tensor) -> Tensor:
+    r"""Return the polar factor by an eigendecomposition of the Gram matrix, in float64.
+
+    :math:`(G G^\top)^{-1/2} G` on the short side. Rounding perturbs the Gram matrix by about
+    :math:`n \epsilon_{64} \sigma_{max}^2`, so a singular value comes out within
+    :math:`n \epsilon_{64} \kappa^2` of 1 for :math:`\kappa = \sigma_{max}/\sigma`, and directions
+    with :math:`\sigma^2 \le n \epsilon_{64} \sigma_{max}^2` cannot be told from zero and are
+    dropped. On wide and thin matrices cheaper than five float32 quintic steps.
+    """
+    if G.numel() == 0:
+        return G.clone()
+    tall = G.shape[-2] > G.shape[-1]
+    X = (G.mT if tall else G).double()
+    # Scaled by the largest entry, lest squares overflow or vanish.
+    peak = X.abs().amax((-2, -1), keepdim=True)
+    bad = ~torch.isfinite(peak)
+    X = (X / torch.where(peak > 0, peak, 1)).masked_fill(bad, 0)
+    values, vectors = torch.linalg.eigh(X @ X.mT)
+    n = X.shape[-2]
+    kept = values > n * torch.finfo(torch.float64).eps * values[..., -1:]
+    roots = torch.where(kept, values, 1).rsqrt() * kept
+    factor: Tensor = ((vectors * roots.unsqueeze(-2)) @ vectors.mT) @ X
+    factor = factor.masked_fill(bad, torch.nan)
+    return (factor.mT if tall else factor).to(G.dtype)
 
 
 def dual_norm_spectral(G: Tensor, O: Tensor) -> Tensor:
