@@ -92,7 +92,7 @@ def test_golden_run(transposed):
         golden = [[0.978775871195, 3.959438300998], [1.989679837255, 4.939162923511],
                   [2.977920521392, 5.926099524279]]  # fmt: skip
     p = nn.Parameter(W.clone())
-    optimizer = Muon([p], lr=0.02, momentum=0.95, weight_decay=0.1, ns_dtype=D, eps_mode="add")
+    optimizer = Muon([p], 0.02, 0.1, 0.95, polar="newton_schulz", ns_dtype=D, eps_mode="add")
     for k in range(3):
         p.grad = (p * p / 10 + k * N).detach()
         optimizer.step()
@@ -108,7 +108,10 @@ def test_equals_torch_bit_by_bit(nesterov, adjust):
     ours = [nn.Parameter(torch.randn(s)) for s in ((20, 30), (30, 20), (16, 16))]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     options = {"lr": 0.02, "nesterov": nesterov, "adjust_lr_fn": adjust}
-    left, right = Muon(ours, foreach=False, **options), torch.optim.Muon(theirs, **options)
+    left, right = (
+        Muon(ours, polar="newton_schulz", foreach=False, **options),
+        torch.optim.Muon(theirs, **options),
+    )
     for k in range(10):
         grads = [g.astype(np.float32) for g in (matrices(p.shape, k, 1)[0] for p in ours)]
         train(left, ours, [grads])

@@ -1,15 +1,17 @@
-"""Parameters seen as stacks of matrices, and one polar factor for all of equal shape."""
+"""Parameters seen as stacks of matrices, and the options of their polar factors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optimizers.linalg import newton_schulz, polar_svd
+from optimizers.linalg import METHODS, MUON_COEFFICIENTS, polar_many
+from optimizers.linalg.speed import half_from
+from optimizers.linalg.workspace import room
 
 
 def matrix_shape(
@@ -51,63 +53,148 @@ def as_matrices(tensor: Tensor, splits: int = 1, flatten: bool = False) -> Tenso
 
 def orthogonalize(tensor: Tensor, group: dict[str, Any]) -> Tensor:
     """Return the polar factor of each matrix of one parameter, in the parameter's shape."""
-    return _polar(as_matrices(tensor, group["splits"], group["flatten"]), group).reshape(
-        tensor.shape
-    )
+    return orthogonalize_all([tensor], group)[0]
 
 
 def orthogonalize_all(tensors: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
-    """The same for many parameters: matrices of equal shape share one batched iteration."""
+    """The same for many parameters of one device, batched by the back-end where that pays.
+
+    The results are in the working precision of the back-end.
+    """
+    results = list(tensors)
+    for i, factor in orthogonalize_each(tensors, group):
+        results[i] = factor.clone()
+    return results
+
+
+def orthogonalize_each(
+    tensors: Sequence[Tensor],
+    group: dict[str, Any],
+    source: Callable[[int], Tensor] | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the index and the polar factor of each parameter, in the order of the batches.
+
+    Args:
+        tensors: What is orthogonalized; or only its shapes, where there is a ``source``.
+        group: The options.
+        source: Called with an index for the tensor itself when its turn comes.
+
+    Yields:
+        Each index with its factor. Use the factor, or copy it, before asking for the next: its
+        memory is used again.
+    """
     splits, flatten = group["splits"], group["flatten"]
-    stacks: dict[tuple[int, int], list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        _, rows, columns = matrix_shape(tensor.shape, splits, flatten)
-        # A matrix and its transpose have the same iteration: batch them on the short side.
-        stacks.setdefault((min(rows, columns), max(rows, columns)), []).append(index)
-    results: list[Tensor | None] = [None] * len(tensors)
-    for indices in stacks.values():
-        if len(indices) == 1:
-            results[indices[0]] = orthogonalize(tensors[indices[0]], group)
-            continue
-        wide = []
-        for index in indices:
-            matrices = as_matrices(tensors[index], splits, flatten)
-            matrices = matrices if matrices.ndim == 3 else matrices.unsqueeze(0)
-            wide.append(matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices)
-        factors = _polar(torch.cat(wide), group)
-        parts = torch.split(factors, [w.shape[0] for w in wide])
-        for index, part in zip(indices, parts, strict=True):
-            _, rows, columns = matrix_shape(tensors[index].shape, splits, flatten)
-            part = part.mT if rows > columns else part
-            results[index] = part.reshape(tensors[index].shape)
-    return [result for result in results if result is not None]
-
-
-def _polar(matrices: Tensor, group: dict[str, Any]) -> Tensor:
-    if group["polar"] == "svd":
-        return polar_svd(matrices)
-    return newton_schulz(
+    fetch = source or tensors.__getitem__
+    full = [i for i, tensor in enumerate(tensors) if tensor.numel()]
+    matrices = [as_matrices(tensors[i], splits, flatten) for i in full]
+    factors = polar_many(
         matrices,
-        coefficients=group["ns_coefficients"],
-        steps=group["ns_steps"],
-        eps=group["eps"],
-        eps_mode=group["eps_mode"],
-        dtype=getattr(torch, group["ns_dtype"]),
+        source=lambda k: as_matrices(fetch(full[k]), splits, flatten),
+        **_method(group),
     )
+    for k, factor in factors:
+        yield full[k], factor.reshape(tensors[full[k]].shape)
 
 
-def ns_dtype_name(dtype: Any) -> Any:
-    """Return the name of a dtype: groups hold plain values, so that any loader accepts them."""
-    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+def _method(group: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of :func:`polar_many` that a group's options mean."""
+    method, steps = group["polar"], group["ns_steps"]
+    coefficients: Any = group["ns_coefficients"]
+    torchs = steps == 5 and list(coefficients) == list(MUON_COEFFICIENTS)
+    if torchs:
+        # Nothing was asked for: the back-end may choose its own table.
+        coefficients = None if method != "newton_schulz" else MUON_COEFFICIENTS
+        steps = None if method == "auto" else steps
+    return {
+        "method": method,
+        "coefficients": coefficients,
+        "steps": steps,
+        "dtype": None if group["ns_dtype"] == "auto" else getattr(torch, group["ns_dtype"]),
+        "half_side": group["ns_half_side"],
+        "eps": group["eps"],
+        "eps_mode": group["eps_mode"],
+    }
 
 
-NS_RANGES = {
+def polar_options(
+    *,
+    polar: str = "auto",
+    ns_steps: int = 5,
+    ns_dtype: torch.dtype | str = "auto",
+    ns_coefficients: Sequence[float] | Sequence[Sequence[float]] = MUON_COEFFICIENTS,
+    eps: float = 1e-7,
+    eps_mode: str = "clamp",
+    splits: int = 1,
+    flatten: bool = False,
+) -> dict[str, Any]:
+    """Return the keys that every orthogonalizing rule keeps in its groups, with defaults."""
+    return {
+        "polar": polar,
+        "ns_steps": ns_steps,
+        # Groups hold plain values, so that any loader accepts them.
+        "ns_dtype": str(ns_dtype).removeprefix("torch."),
+        "ns_half_side": None,
+        "ns_coefficients": ns_coefficients,
+        "eps": eps,
+        "eps_mode": eps_mode,
+        "splits": splits,
+        "flatten": flatten,
+    }
+
+
+def choose_precision(groups: Sequence[dict[str, Any]]) -> None:
+    """Measure, once, what ``"auto"`` means here, and keep the answer with the options.
+
+    In the group it travels with a checkpoint, so that a run that is resumed in another process or
+    on another machine is the same run.
+    """
+    for group in groups:
+        if group["ns_half_side"] is None and group["params"]:
+            group["ns_half_side"] = half_from(group["params"][0].device)
+
+
+def ratio(rows: int, columns: int, adjust: str | None) -> float:
+    r"""Return the step's factor r(A, B) for a matrix ``A x B``.
+
+    ``None`` or ``"original"``: :math:`\sqrt{\max(1, A/B)}`; ``"match_rms_adamw"``:
+    :math:`0.2\sqrt{\max(A, B)}`; ``"none"``: 1.
+    """
+    if adjust == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    if adjust == "none" or columns == 0:
+        return 1.0
+    return math.sqrt(max(1, rows / columns))
+
+
+def descend_(p: Tensor, direction: Tensor, scale: float, group: dict[str, Any]) -> None:
+    """``p <- (1 - lr * weight_decay) * p - lr * scale * direction``, or with cautious decay."""
+    lr, decay = group["lr"], group["weight_decay"]
+    if decay != 0 and group.get("cautious", False):
+        _add_(p, torch.where(direction * p >= 0, p, 0), -lr * decay)
+    elif decay != 0:
+        p.mul_(1 - lr * decay)
+    _add_(p, direction, -lr * scale)
+
+
+def _add_(p: Tensor, o: Tensor, factor: Any) -> None:
+    """``p <- p + factor * o`` for a float or a 0-D tensor factor."""
+    if o.dtype is not p.dtype:
+        # First of all: the product must not round to half precision.
+        o = room(tuple(o.shape), p.dtype, o.device, "direction").copy_(o)
+    if isinstance(factor, Tensor):
+        p.addcmul_(o, factor.to(p.dtype))
+    else:
+        p.add_(o, alpha=factor)
+
+
+POLAR_RANGES = {
+    "polar": "{" + ", ".join(METHODS) + "}",
     "ns_coefficients": "3 of finite or list of 3 of finite",
+    "ns_steps": "int [1, 99]",
+    "ns_dtype": "{auto, bfloat16, float16, float32, float64}",
+    "ns_half_side": "int [1, inf) or None",
     "eps": "(0, inf)",
     "eps_mode": "{clamp, add}",
-    "ns_steps": "int [1, 99]",
-    "ns_dtype": "{bfloat16, float16, float32, float64}",
-    "polar": "{newton_schulz, svd}",
     "splits": "int [1, inf)",
     "flatten": "bool",
 }

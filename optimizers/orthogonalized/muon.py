@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,15 +9,19 @@ import torch
 from torch import Tensor
 
 from optimizers.base import Group, Optimizer, Scope, State
-from optimizers.functional import decay_, ema_
+from optimizers.functional import ema_
 from optimizers.linalg import MUON_COEFFICIENTS
+from optimizers.linalg.workspace import room
 from optimizers.orthogonalized.matrices import (
-    NS_RANGES,
+    POLAR_RANGES,
     check_matrices,
+    choose_precision,
+    descend_,
     matrix_shape,
-    ns_dtype_name,
     orthogonalize,
-    orthogonalize_all,
+    orthogonalize_each,
+    polar_options,
+    ratio,
 )
 
 
@@ -36,14 +39,16 @@ class Muon(Optimizer):
         U &= G + \mu (M - G) \text{ (nesterov)} \quad\text{or}\quad U = M \\
         W &\leftarrow (1 - \eta\lambda) W - \eta\, r(A, B)\, \mathrm{NS}(U)
 
-    where NS is the five-step quintic iteration of :func:`optimizers.linalg.newton_schulz` (or,
-    with ``polar="svd"``, the exact polar factor) and :math:`r` is the chosen scaling. Without
-    momentum and decay this is steepest descent under the spectral norm: if the gradient is
-    L-Lipschitz from the spectral to the nuclear norm, a step with the exact factor obeys
-    :math:`f(W^+) \le f(W) - \eta\|\nabla f\|_* + L\eta^2/2` (derived).
+    where NS is an approximation of the polar factor, by default the fastest one on this device
+    that is as accurate as torch's five quintic steps (see ``polar``), and :math:`r` is the chosen
+    scaling. Without momentum and decay this is steepest descent under the spectral norm: if the
+    gradient is L-Lipschitz from the spectral to the nuclear norm, a step with the exact factor
+    obeys :math:`f(W^+) \le f(W) - \eta\|\nabla f\|_* + L\eta^2/2` (derived).
 
-    Multiplying all gradients by one constant changes nothing (clipping by a common factor is a
-    no-op), but the momentum mixes gradients at the scale they came in.
+    Gradient clipping: multiplying all gradients of a run by one constant changes nothing, so
+    clipping that is always active is a change of nothing; clipping that acts now and then
+    changes the weights with which the momentum mixes past gradients, and that does change the
+    step. Muon's step has a fixed size whatever the gradient's: it needs no clipping.
 
     Args:
         params: Parameters of two or more dimensions: a matrix, a stack of matrices
@@ -55,15 +60,27 @@ class Muon(Optimizer):
         momentum: :math:`\mu` in [0, 1).
         nesterov: Whether the step looks ahead.
         ns_coefficients: ``(a, b, c)`` of the quintic, or a list of triples, one for each step.
-        eps: Keeps a zero gradient from being divided by zero, in (0, inf).
+        eps: Keeps a zero gradient from being divided by zero, in (0, inf); for
+            ``polar="newton_schulz"`` (the others are scale-invariant down to denormal numbers).
         ns_steps: Number of iterations, 1 to 99.
         adjust_lr_fn: :math:`r`: ``None`` or ``"original"`` is :math:`\sqrt{\max(1, A/B)}`,
             ``"match_rms_adamw"`` is :math:`0.2\sqrt{\max(A, B)}`, ``"none"`` is 1. ``A`` and
             ``B`` are those of the matrix that is orthogonalized.
         eps_mode: ``"clamp"``, the norm is at least ``eps`` (torch), or ``"add"``, ``eps`` is added
-            to it (the authors' code).
-        ns_dtype: Arithmetic of the iteration; torch's is bfloat16.
-        polar: ``"newton_schulz"`` or ``"svd"`` (exact, slow, for tests and small matrices).
+            to it (the authors' code); for ``polar="newton_schulz"``.
+        ns_dtype: Arithmetic of the iteration. ``"auto"``: torch's bfloat16 for
+            ``"newton_schulz"``; otherwise bfloat16 from the short side on at which this device
+            multiplies it clearly faster than float32 (measured once, kept in the group), float32
+            below, and float64 for float64 matrices.
+        polar: The back-end, see :func:`optimizers.linalg.polar`. ``"auto"``: while steps and
+            coefficients are torch's, four optimal quintics from a tighter scaling, in the Gram
+            form for wide matrices; else the given polynomial, batched. ``"newton_schulz"``:
+            torch's loop bit by bit. ``"polar_express"``, ``"gram"``, ``"refined"``; exact:
+            ``"eigh"``, ``"svd"``.
+        cautious: Let only those weights decay that the step does not pull away from zero
+            (Chen et al., "Cautious Weight Decay", 2025):
+            :math:`W \leftarrow W - \eta(D + \lambda 1[D \circ W \ge 0] \circ W)` with
+            :math:`D = r\,\mathrm{NS}(U)` and W from before the step.
         splits: Number of equal row blocks that are orthogonalized apart (3 for a fused QKV
             projection); the polar factor of a stack is not the stack of the polar factors.
         flatten: Whether a parameter of three dimensions is a kernel ``(out, in, width)`` of a
@@ -94,7 +111,8 @@ class Muon(Optimizer):
         "momentum": "[0, 1)",
         "nesterov": "bool",
         "adjust_lr_fn": "{original, match_rms_adamw, none} or None",
-        **NS_RANGES,
+        "cautious": "bool",
+        **POLAR_RANGES,
     }
 
     def __init__(
@@ -109,9 +127,10 @@ class Muon(Optimizer):
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
         *,
+        polar: str = "auto",
+        ns_dtype: torch.dtype | str = "auto",
         eps_mode: str = "clamp",
-        ns_dtype: torch.dtype | str = torch.bfloat16,
-        polar: str = "newton_schulz",
+        cautious: bool = False,
         splits: int = 1,
         flatten: bool = False,
         maximize: bool = False,
@@ -125,24 +144,31 @@ class Muon(Optimizer):
                 "weight_decay": weight_decay,
                 "momentum": momentum,
                 "nesterov": nesterov,
-                "ns_coefficients": ns_coefficients,
-                "eps": eps,
-                "eps_mode": eps_mode,
-                "ns_steps": ns_steps,
                 "adjust_lr_fn": adjust_lr_fn,
-                "ns_dtype": ns_dtype_name(ns_dtype),
-                "polar": polar,
-                "splits": splits,
-                "flatten": flatten,
+                "cautious": cautious,
                 "maximize": maximize,
                 "foreach": foreach,
                 "compile": compile,
+                **polar_options(
+                    polar=polar,
+                    ns_steps=ns_steps,
+                    ns_dtype=ns_dtype,
+                    ns_coefficients=ns_coefficients,
+                    eps=eps,
+                    eps_mode=eps_mode,
+                    splits=splits,
+                    flatten=flatten,
+                ),
             },
         )
 
     def validate(self, group: Group) -> None:
         """Refuse vectors, and splits that do not divide."""
         check_matrices(group, "Muon")
+
+    def prepare(self) -> None:
+        """Keep the measured meaning of ``"auto"`` in the groups."""
+        choose_precision(self.param_groups)
 
     def init_state(self, p: Tensor, group: Group) -> State:
         """Return the momentum, at zero."""
@@ -153,35 +179,29 @@ class Muon(Optimizer):
         m = state["momentum_buffer"]
         m.lerp_(g, 1 - group["momentum"])
         u = g.lerp(m, group["momentum"]) if group["nesterov"] else m
-        o = orthogonalize(u, group)
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        _add_(p, o, -group["lr"] * _ratio(p, group))
+        descend_(p, orthogonalize(u, group), _ratio(p, group), group)
 
     def update_foreach(
         self, params: list[Tensor], grads: list[Tensor], states: list[State], group: Group
     ) -> None:
         """The rule for all parameters; equal shapes share one iteration."""
         m = [s["momentum_buffer"] for s in states]
-        ema_(m, grads, group["momentum"])
-        u = list(torch._foreach_lerp(grads, m, group["momentum"])) if group["nesterov"] else m
-        decay_(params, group["lr"], group["weight_decay"])
-        for p, o in zip(params, orthogonalize_all(u, group), strict=True):
-            _add_(p, o, -group["lr"] * _ratio(p, group))
+        momentum = group["momentum"]
+        ema_(m, grads, momentum)
+        ahead = None
+        if group["nesterov"] and not params[0].is_cpu:
+            m = list(torch._foreach_lerp(grads, m, momentum))
+        elif group["nesterov"]:
+            # One at a time, when it is loaded: no second copy of all momenta.
+            def ahead(i: int) -> Tensor:
+                out = room(tuple(m[i].shape), m[i].dtype, m[i].device, "ahead")
+                return torch.lerp(grads[i], m[i], momentum, out=out)
+
+        for i, factor in orthogonalize_each(m, group, ahead):
+            descend_(params[i], factor, _ratio(params[i], group), group)
 
 
 def _ratio(p: Tensor, group: Group) -> float:
     """Return r(A, B) of the matrices in ``p``."""
     _, rows, columns = matrix_shape(p.shape, group["splits"], group["flatten"])
-    if group["adjust_lr_fn"] == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    if group["adjust_lr_fn"] == "none" or columns == 0:
-        return 1.0
-    return math.sqrt(max(1, rows / columns))
-
-
-def _add_(p: Tensor, o: Tensor, factor: Any) -> None:
-    """``p <- p + factor * o`` for a float or a 0-D tensor factor."""
-    if isinstance(factor, Tensor):
-        p.add_(factor * o.to(p.dtype))  # cast first: the product must not round to half precision
-    else:
-        p.add_(o, alpha=factor)
+    return ratio(rows, columns, group["adjust_lr_fn"])
