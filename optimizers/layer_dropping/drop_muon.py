@@ -16,11 +16,12 @@ from optimizers.layer_dropping.sampling import cutoff_probabilities, draw_cutoff
 from optimizers.linalg import MUON_COEFFICIENTS, dual_norm_spectral
 from optimizers.oracle import Oracle
 from optimizers.orthogonalized.matrices import (
-    NS_RANGES,
+    POLAR_RANGES,
     as_matrices,
+    choose_precision,
     matrix_shape,
-    ns_dtype_name,
     orthogonalize_all,
+    polar_options,
 )
 
 
@@ -100,7 +101,7 @@ class DropMuon(Optimizer):
         "step_rule": "{lmo, sharp}",
         "seed": "int [0, inf)",
         "progress": "[0, 1]",
-        **{name: rule for name, rule in NS_RANGES.items() if name not in ("splits", "flatten")},
+        **{name: rule for name, rule in POLAR_RANGES.items() if name not in ("splits", "flatten")},
     }
 
     def __init__(
@@ -118,8 +119,8 @@ class DropMuon(Optimizer):
         eps: float = 1e-7,
         ns_steps: int = 5,
         eps_mode: str = "clamp",
-        ns_dtype: torch.dtype | str = torch.bfloat16,
-        polar: str = "newton_schulz",
+        ns_dtype: torch.dtype | str = "auto",
+        polar: str = "auto",
         maximize: bool = False,
         foreach: bool | None = None,
         compile: bool = False,
@@ -137,14 +138,14 @@ class DropMuon(Optimizer):
                 "progress": 0.0,
                 "cutoff": -1,
                 "draws": 0,
-                "ns_coefficients": ns_coefficients,
-                "eps": eps,
-                "ns_steps": ns_steps,
-                "eps_mode": eps_mode,
-                "ns_dtype": ns_dtype_name(ns_dtype),
-                "polar": polar,
-                "splits": 1,
-                "flatten": False,
+                **polar_options(
+                    polar=polar,
+                    ns_steps=ns_steps,
+                    ns_dtype=ns_dtype,
+                    ns_coefficients=ns_coefficients,
+                    eps=eps,
+                    eps_mode=eps_mode,
+                ),
                 "maximize": maximize,
                 "foreach": foreach,
                 "compile": compile,
@@ -209,6 +210,7 @@ class DropMuon(Optimizer):
 
     def prepare(self) -> None:
         """Check the probabilities against the layers, draw if nothing is planned, set flags."""
+        choose_precision(self.param_groups)
         plan = self.param_groups[0]
         p = self.probabilities
         if not 0 <= plan["cutoff"] < len(self.param_groups):
