@@ -119,6 +119,44 @@ class Objective:
         """Run the model on the bound inputs (no count of its own)."""
         return self.model(*self.arguments)
 
+    @property
+    def samples(self) -> int | None:
+        """The number of samples: the first dimension of every tensor of the bound batch.
+
+        ``None`` if the batch holds no tensor with a dimension.
+
+        Raises:
+            OracleError: If the tensors differ in it, so that no sample can be told apart.
+        """
+        found: set[int] = set()
+        _each_tensor(self._bound(), lambda t: found.add(len(t)))
+        if len(found) > 1:
+            raise OracleError(
+                "samples cannot be told apart: the tensors of the batch have the first dimensions "
+                f"{sorted(found)}. Pass one row for each sample, and keep what all share in the "
+                "model."
+            )
+        return found.pop() if found else None
+
+    def subset(self, indices: Tensor) -> Objective:
+        """Return this objective bound to some samples of its batch; counts and model are shared.
+
+        Tensors are indexed in their first dimension, within tuples, lists and dicts too; whatever
+        else the batch holds stays as it is. An evaluation of the subset counts like any other.
+
+        Args:
+            indices: Integers, shape ``(samples wanted,)``.
+
+        Raises:
+            OracleError: If the batch has no samples to choose from.
+        """
+        if self.samples is None:
+            raise OracleError(
+                "this Objective's batch has no samples to choose from; bind tensors with one row "
+                "for each sample: objective.on(inputs, targets)."
+            )
+        return self.on(*_each_tensor(self._bound(), lambda t: t[indices.to(t.device)]))
+
     def _checked(self, loss: Tensor) -> Tensor:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -189,7 +227,7 @@ class Objective:
         """Return the loss and its gradient in ``params``; ``.grad`` is not touched."""
         with torch.enable_grad():
             loss = self._forward()
-            grads = _gradients(loss, params)
+            grads = gradients(loss, params)
         self.counts.gradient += 1
         return loss.detach(), grads
 
@@ -277,7 +315,21 @@ class Objective:
         return losses
 
 
-def _gradients(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
+def _each_tensor(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Return ``value`` with ``function`` applied to every tensor that has a dimension."""
+    if isinstance(value, Tensor):
+        return function(value) if value.ndim else value
+    if isinstance(value, dict):
+        return {key: _each_tensor(entry, function) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        entries = [_each_tensor(entry, function) for entry in value]
+        named = isinstance(value, tuple) and hasattr(value, "_fields")
+        return type(value)(*entries) if named else type(value)(entries)
+    return value
+
+
+def gradients(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the gradient of ``loss`` in each parameter, ``None`` where it has none."""
     wanted = [p for p in params if p.requires_grad]
     if not loss.requires_grad or not wanted:
         return [None] * len(params)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizers.objective import Objective, OracleError, hessian_product
+from optimizers.objective import Objective, OracleError, gradients, hessian_product
 
 
 class Needs(enum.Enum):
@@ -47,6 +47,15 @@ class Oracle:
     def objective(self) -> Objective:
         """The caller's :class:`Objective`, for rules that need the outputs."""
         raise self._refusal("the network's outputs", _OBJECTIVE)
+
+    @property
+    def samples(self) -> int | None:
+        """The number of samples that :meth:`subset` may choose from; ``None`` if there are none."""
+        return None
+
+    def subset(self, indices: Tensor) -> Oracle:
+        """Return the oracle of some samples of the batch."""
+        raise self._refusal("samples to choose from", _OBJECTIVE)
 
     def evaluate(self) -> Tensor | None:
         """Let the closure (if any) fill ``.grad``; return its loss."""
@@ -113,6 +122,13 @@ class _FromObjective(Oracle):
     def objective(self) -> Objective:
         return self._objective
 
+    @property
+    def samples(self) -> int | None:
+        return self._objective.samples
+
+    def subset(self, indices: Tensor) -> Oracle:
+        return _FromObjective(self.optimizer, self._objective.subset(indices))
+
     def evaluate(self) -> Tensor | None:
         return self._objective()
 
@@ -151,9 +167,35 @@ class _FromClosure(Oracle):
         return loss
 
     def gradient(self, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-        loss = self.evaluate()
-        # The next call overwrites .grad, so what is returned must be a copy.
-        return loss, [None if p.grad is None else p.grad.clone() for p in params]
+        """A closure that returns the loss and leaves ``backward()`` to us is answered as well."""
+        before = [p.grad for p in params]
+        for p in params:
+            p.grad = None  # an old one must not be taken for the answer
+        try:
+            with torch.enable_grad():
+                loss = self._closure()
+                # The next call overwrites .grad, so what is returned must be a copy.
+                found = [None if p.grad is None else p.grad.clone() for p in params]
+                if isinstance(loss, Tensor):
+                    if loss.requires_grad and all(g is None for g in found):
+                        found = self._differentiated(loss, params)
+                    loss = loss.detach()
+        finally:
+            for p, g in zip(params, before, strict=True):
+                if p.grad is None:
+                    p.grad = g
+        return loss, found
+
+    def _differentiated(self, loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
+        self._scalar(loss)
+        try:
+            return gradients(loss, params)
+        except RuntimeError as error:
+            if "second time" in str(error):  # backward() was called, and its result cleared
+                raise self._refusal(
+                    "gradients and the closure left none", _BACKWARD_CLOSURE
+                ) from error
+            raise
 
     def loss(self) -> Tensor:
         with torch.no_grad():
@@ -202,11 +244,14 @@ class _FromClosure(Oracle):
 
 
 @contextmanager
-def restored(params: Sequence[Tensor]) -> Iterator[None]:
-    """Put ``params`` back to their present bits on leaving, also after an exception."""
+def restored(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Put ``params`` back to their present bits on leaving, also after an exception.
+
+    The context's value is the list of the copies that they are put back to.
+    """
     saved = [p.detach().clone(memory_format=torch.preserve_format) for p in params]
     try:
-        yield
+        yield saved
     finally:
         with torch.no_grad():
             for p, value in zip(params, saved, strict=True):

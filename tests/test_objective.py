@@ -1,5 +1,7 @@
 """Objective and oracles: every need is answered rightly, or refused with the remedy."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
@@ -233,6 +235,104 @@ def test_a_plain_closure_gives_losses_products_and_gradients():
     assert second.tolist() == [0, 0]
 
 
+def test_a_closure_may_leave_the_differentiation_to_the_oracle():
+    p, q = nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.ones(1))
+    p.grad = torch.full((2,), 7.0)  # stale, and not ours to change
+    loss, (g, none) = as_oracle(lambda: (p**3).sum(), Needs.CLOSURE, "Rule", [p, q]).gradient(
+        [p, q]
+    )
+    assert loss == 9
+    assert not loss.requires_grad
+    assert g.tolist() == [3, 12]
+    assert none is None
+    assert p.grad.tolist() == [7, 7]
+    with pytest.raises(OracleError, match="one number"):
+        as_oracle(lambda: p**3, Needs.CLOSURE, "Rule", [p, q]).gradient([p])
+    assert p.grad.tolist() == [7, 7]
+
+
+def test_a_closure_that_calls_backward_may_leave_out_a_parameter_or_clear_in_place():
+    p, q, r = (nn.Parameter(torch.ones(1)) for _ in range(3))
+    factors = iter((3, 5, 7, 9))
+
+    def backward():
+        for x in (p, q, r):
+            if x.grad is not None:
+                x.grad.zero_()
+        loss = next(factors) * (p + q).sum()
+        loss.backward()
+        return loss
+
+    oracle = as_oracle(backward, Needs.CLOSURE, "Rule", [p, q, r])
+    _, (first,) = oracle.gradient([p])
+    _, (second,) = oracle.gradient([q])
+    assert (first.item(), second.item()) == (3, 5)
+    assert oracle.gradient([r])[1] == [None]
+
+    def cleared():
+        loss = backward()
+        p.grad = None
+        return loss
+
+    with pytest.raises(OracleError, match="left none"):
+        as_oracle(cleared, Needs.CLOSURE, "Rule", [p]).gradient([p])
+    p.grad = torch.ones(1)
+    with pytest.raises(ZeroDivisionError):
+        as_oracle(lambda: 1 / 0, Needs.CLOSURE, "Rule", [p]).gradient([p])
+    assert p.grad is not None
+
+
+# ------------------------------------------------------------------ some samples of the batch
+
+
+class More(NamedTuple):
+    x: torch.Tensor
+    name: str
+
+
+class Pair(nn.Module):
+    """Scales the sum of its inputs: a tensor, and one in a list, a dict and a named tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x, more, options, last):
+        return (x + more[0] + options["z"] + last.x) * self.scale * options["sign"]
+
+
+def test_a_subset_is_the_objective_of_its_samples():
+    x = torch.arange(5.0)
+    inputs = (x, [10 * x], {"z": 100 * x, "sign": -1}, More(1000 * x, "last"))
+    objective = Objective(Pair(), lambda out, y: (out - y).mean())
+    bound = objective.on(inputs, 1000 * x)
+    assert bound.samples == 5
+    part = bound.subset(torch.tensor([4, 1]))
+    assert part.samples == 2
+    assert part.targets.tolist() == [4000, 1000]
+    assert part.outputs().tolist() == [-2 * 4444, -2 * 1111]
+    assert bound.samples == 5  # the whole is as it was
+    part.loss()
+    assert objective.counts.loss == 1
+    oracle = as_oracle(bound, Needs.CLOSURE, "Rule", [])
+    assert oracle.samples == 5
+    assert torch.equal(oracle.subset(torch.tensor([4, 1])).loss(), part.loss())
+
+
+def test_a_batch_without_samples_has_no_subset():
+    objective = Objective(nn.Linear(2, 1), lambda out, _: out.mean())
+    assert objective.on(torch.ones(3, 2), None).samples == 3
+    assert objective.on((torch.tensor(1.0), "word"), 7).samples is None
+    with pytest.raises(OracleError, match="no samples to choose from"):
+        objective.on((torch.tensor(1.0), "word"), 7).subset(torch.tensor([0]))
+    with pytest.raises(OracleError, match=r"first dimensions \[2, 3\]"):
+        objective.on(torch.ones(3, 2), torch.ones(2)).subset(torch.tensor([0]))
+    oracle = as_oracle(lambda: torch.zeros(()), Needs.CLOSURE, "Rule", [])
+    assert oracle.samples is None
+    with pytest.raises(OracleError, match=r"Rule needs samples.*objective\.on"):
+        oracle.subset(torch.tensor([0]))
+
+
 def test_a_closure_must_return_one_number():
     for returned, message in ((None, "return the loss"), (torch.zeros(3), "one number")):
         oracle = as_oracle(lambda value=returned: value, Needs.LOSS, "Rule", [])
@@ -248,6 +348,7 @@ def test_what_a_rule_did_not_declare_is_refused():
         lambda: oracle.hvp([], []),
         lambda: oracle.ggn([], []),
         lambda: oracle.population([], []),
+        lambda: oracle.subset(torch.zeros(1, dtype=torch.long)),
         lambda: oracle.objective,
     ):
         with pytest.raises(OracleError, match="Rule needs"):
@@ -257,7 +358,8 @@ def test_what_a_rule_did_not_declare_is_refused():
 def test_restored_puts_back_the_bits_after_an_exception():
     p = nn.Parameter(torch.tensor([0.1, 0.2]))
     before = p.detach().clone()
-    with pytest.raises(ZeroDivisionError), restored([p]):
+    with pytest.raises(ZeroDivisionError), restored([p]) as saved:
+        assert torch.equal(saved[0], before)
         with torch.no_grad():
             p.add_(1e-8).mul_(3)
         raise ZeroDivisionError

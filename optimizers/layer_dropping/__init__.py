@@ -1,5 +1,6 @@
-"""Rules that update some layers per step and skip the others' backward work."""
+"""Rules that work on some layers at a time and skip the others' backward work."""
 
+from optimizers.layer_dropping.cyclic_bcd import CyclicBCD
 from optimizers.layer_dropping.drop_muon import DropMuon
 
-__all__ = ["DropMuon"]
+__all__ = ["CyclicBCD", "DropMuon"]
