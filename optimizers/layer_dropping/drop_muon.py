@@ -12,7 +12,11 @@ from torch import Tensor
 from optimizers.base import Group, Optimizer, Scope, Signal, State
 from optimizers.functional import decay_, ema_
 from optimizers.layer_dropping.flags import dropped_parameters, refuse_dropped
-from optimizers.layer_dropping.sampling import cutoff_probabilities, draw_cutoff
+from optimizers.layer_dropping.sampling import (
+    SAMPLING_RULE,
+    cutoff_probabilities,
+    draw_cutoff,
+)
 from optimizers.linalg import MUON_COEFFICIENTS, dual_norm_spectral
 from optimizers.oracle import Oracle
 from optimizers.orthogonalized.matrices import (
@@ -65,7 +69,10 @@ class DropMuon(Optimizer):
         momentum: :math:`\mu` in [0, 1), the weight of the old momentum.
         weight_decay: Decoupled decay of active layers, in [0, inf) (ours; the paper has none).
         sampling: ``"uniform"``, ``"full"`` (then this is Muon without Nesterov), ``"epoch_shift"``
-            or the probabilities of the cut-offs, one per layer, the first one positive.
+            or the probabilities of the cut-offs, one per layer, the first one positive, or
+            ``"cost_aware"``: the cheapest ones for ``smoothness``, see
+            :func:`optimizers.layer_dropping.sampling.optimal_probabilities`.
+        smoothness: :math:`L_i` of each layer in its norm, for ``"cost_aware"``.
         shift: Sharpness of ``"epoch_shift"``, in [0, inf).
         step_rule: ``"lmo"`` or ``"sharp"``.
         seed: Of the draws. All ranks must share it, and do by default.
@@ -96,7 +103,8 @@ class DropMuon(Optimizer):
         "lr": "[0, inf)",
         "momentum": "[0, 1)",
         "weight_decay": "[0, inf)",
-        "sampling": "{uniform, full, epoch_shift} or list of [0, 1]",
+        "sampling": SAMPLING_RULE,
+        "smoothness": "list of (0, inf) or None",
         "shift": "[0, inf)",
         "step_rule": "{lmo, sharp}",
         "seed": "int [0, inf)",
@@ -112,6 +120,7 @@ class DropMuon(Optimizer):
         weight_decay: float = 0.0,
         *,
         sampling: str | Sequence[float] = "uniform",
+        smoothness: Sequence[float] | None = None,
         shift: float = 0.5,
         step_rule: str = "lmo",
         seed: int = 0,
@@ -132,6 +141,7 @@ class DropMuon(Optimizer):
                 "momentum": momentum,
                 "weight_decay": weight_decay,
                 "sampling": sampling,
+                "smoothness": smoothness,
                 "shift": shift,
                 "step_rule": step_rule,
                 "seed": seed,
@@ -163,6 +173,7 @@ class DropMuon(Optimizer):
             len(self.param_groups),
             progress=plan["progress"],
             shift=plan["shift"],
+            smoothness=plan["smoothness"],
         )
 
     def active(self) -> list[int]:

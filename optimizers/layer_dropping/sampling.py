@@ -7,26 +7,42 @@ from collections.abc import Sequence
 
 import numpy as np
 
-SCHEMES = ("uniform", "full", "epoch_shift")
+SCHEMES = ("uniform", "full", "epoch_shift", "cost_aware")
+SAMPLING_RULE = "{" + ", ".join(SCHEMES) + "} or list of [0, 1]"
 
 
 def cutoff_probabilities(
-    sampling: str | Sequence[float], layers: int, *, progress: float = 0.0, shift: float = 0.5
+    sampling: str | Sequence[float],
+    layers: int,
+    *,
+    progress: float = 0.0,
+    shift: float = 0.5,
+    smoothness: Sequence[float] | None = None,
 ) -> list[float]:
     r"""Return :math:`p_s`, the probability that layers ``s`` to the last one are updated.
 
     Args:
         sampling: ``"uniform"``: :math:`p_s = 1/b`. ``"full"``: always from the first layer.
             ``"epoch_shift"``: :math:`p_s \propto \exp(a((1-t)(b-1-s) + t s))`, nearly full updates
-            early and shallow ones late. Or the probabilities, one for each layer.
+            early and shallow ones late. ``"cost_aware"``: the cheapest ones for the given
+            smoothness, :func:`optimal_probabilities`. Or the probabilities, one for each layer.
         layers: Number of layers ``b``, from input to output.
         progress: ``t`` in [0, 1], the part of the training that is done.
         shift: ``a`` in [0, inf).
+        smoothness: :math:`L_i` of each layer, for ``"cost_aware"``.
 
     Raises:
-        ValueError: If given probabilities are negative, do not sum to 1, are not one per layer, or
+        ValueError: If the smoothness constants are missing or not one per layer, or given
+            probabilities are negative, do not sum to 1, are not one per layer, or
             never update the first layer.
     """
+    if sampling == "cost_aware":
+        if smoothness is None or len(smoothness) != layers:
+            raise ValueError(
+                f"sampling='cost_aware' needs smoothness, one constant per layer ({layers}); got "
+                f"{smoothness!r}."
+            )
+        return optimal_probabilities(smoothness)
     if sampling == "full":
         return [1.0] + [0.0] * (layers - 1)
     if sampling == "uniform":
@@ -67,7 +83,9 @@ def optimal_probabilities(smoothness: Sequence[float]) -> list[float]:
     With layer-wise smoothness constants :math:`L_i` and steps ``1 / L_i`` the number of
     iterations grows with :math:`\max_i L_i/q_i`; the cheapest inclusion probabilities are
     :math:`q_i = \max_{j \le i} L_j / \max_j L_j` (derived). Full updates are optimal exactly if
-    the first layer has the largest constant.
+    the first layer has the largest constant. The layers' costs do not enter, as long as a shorter
+    backward is cheaper: for every number of iterations T the cheapest monotone
+    :math:`q_i = \max_{j \le i} L_j / T`, and the total falls with T down to :math:`\max L`.
 
     Args:
         smoothness: The constants, from input to output, each positive.
