@@ -10,28 +10,46 @@
 from optimizers.base import Needs, Optimizer, Scope
 from optimizers.first_order import AMSGrad
 from optimizers.forward_only import PolyStep
-from optimizers.layer_dropping import DropMuon
+from optimizers.layer_dropping import CyclicBCD, DropMuon
 from optimizers.objective import Counts, Objective, OracleError
-from optimizers.orthogonalized import Muon
+from optimizers.orthogonalized import (
+    LANTON,
+    AdaMuon,
+    Dion2,
+    Muon,
+    NonEuclideanTrustRegion,
+    NorMuon,
+    Scion,
+    qk_clip_,
+)
 from optimizers.registry import Spec, get_optimizer, get_spec, list_optimizers
 from optimizers.second_order import EGN
-from optimizers.wrappers import Routed, Rule, classify, muon_with_adamw
+from optimizers.wrappers import DropLayers, Hyperball, Routed, Rule, classify, muon_with_adamw
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EGN",
+    "LANTON",
     "AMSGrad",
+    "AdaMuon",
     "Counts",
+    "CyclicBCD",
+    "Dion2",
+    "DropLayers",
     "DropMuon",
+    "Hyperball",
     "Muon",
     "Needs",
+    "NonEuclideanTrustRegion",
+    "NorMuon",
     "Objective",
     "Optimizer",
     "OracleError",
     "PolyStep",
     "Routed",
     "Rule",
+    "Scion",
     "Scope",
     "Spec",
     "classify",
@@ -39,4 +57,5 @@ __all__ = [
     "get_spec",
     "list_optimizers",
     "muon_with_adamw",
+    "qk_clip_",
 ]

@@ -167,7 +167,7 @@ class _Nothing(nn.Linear):
 
 
 def _shaped(shapes: str) -> nn.Module:
-    """Return a model of hidden layers whose parameters are zeros of the given shapes."""
+    """Return a model of hidden layers whose parameters are ones of the given shapes."""
     try:
         sizes = [tuple(int(side) for side in text.split("x")) for text in shapes.split(",")]
     except ValueError:
@@ -181,7 +181,7 @@ def _shaped(shapes: str) -> nn.Module:
         layers = [_layer(size) for size in sizes]
     model = nn.Sequential(*layers, _Nothing()).to_empty(device="cpu")
     for parameter in model.parameters():
-        nn.init.zeros_(parameter)
+        nn.init.ones_(parameter)
     return model
 
 

@@ -18,12 +18,14 @@ PACKAGE = ROOT / "optimizers"
 
 # Each layer may import from the layers before it (and from itself).
 LAYERS = [
-    {"ranges", "distributed", "linalg", "functional", "objective", "curvature"},
+    {"ranges", "distributed", "exchange", "linalg", "functional", "objective", "curvature"},
     {"oracle", "checkpoint"},
     {"base"},
     {"first_order", "second_order", "orthogonalized", "forward_only", "layer_dropping"},
     {"wrappers"},
     {"trainers", "diagnostics"},
+    {"spec"},
+    {"entries"},
     {"registry"},
     {"__init__"},
     {"testing"},

@@ -281,7 +281,7 @@ def test_state_of_torch_muon_loads():
     p = parameter(4, 3, dtype=torch.float32)
     theirs = trained(torch.optim.Muon, p, lr=0.1)
     q = nn.Parameter(p.detach().clone())
-    ours = Muon([q], foreach=False)
+    ours = Muon([q], polar="newton_schulz", foreach=False)
     ours.load_state_dict(theirs.state_dict())
     continue_alike(theirs, p, ours, q)
 
@@ -347,7 +347,7 @@ def test_loading_does_not_alias_the_stored_tensors():
 
 def test_a_sixth_optimizer_takes_one_file_and_one_line():
     """The toy above, with a registry line, passes the whole contract."""
-    from optimizers.registry import Spec
+    from optimizers.spec import Spec
     from optimizers.testing.checks import check_optimizer
 
     spec = Spec(SignMomentum, family="first_order", reference="a toy", example={"lr": 1e-2})
@@ -361,7 +361,7 @@ def test_a_sixth_optimizer_takes_one_file_and_one_line():
 
 
 def test_a_spec_names_a_known_family():
-    from optimizers.registry import Spec
+    from optimizers.spec import Spec
 
     with pytest.raises(ValueError, match="family"):
         Spec(SignMomentum, family="third_order", reference="none")

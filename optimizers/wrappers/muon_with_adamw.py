@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ def muon_with_adamw(
     maximize: bool = False,
     example_inputs: Any = None,
     roles: Mapping[str, str] | None = None,
+    rule: Callable[..., torch.optim.Optimizer] = Muon,
     **muon: Any,
 ) -> Routed:
     """Return Muon for the hidden matrices of a model and AdamW for everything else.
@@ -46,7 +47,10 @@ def muon_with_adamw(
         example_inputs: Inputs of one forward pass from which head and first convolution are read;
             see :func:`classify`.
         roles: Roles that you know better, by glob pattern of the name; see :func:`classify`.
-        **muon: Further options of :class:`Muon` (``momentum``, ``adjust_lr_fn`` ...).
+        rule: What the matrices get instead of :class:`Muon`, such as :class:`NorMuon`: called
+            with groups that may hold ``splits`` and ``flatten``, ``lr``, ``weight_decay`` and
+            ``maximize``.
+        **muon: Further options of the rule (``momentum``, ``adjust_lr_fn`` ...).
 
     Raises:
         ValueError: For an option outside its range, or a model without trainable parameters.
@@ -76,7 +80,7 @@ def muon_with_adamw(
     )
 
     def build_muon(groups: InnerGroups) -> torch.optim.Optimizer:
-        return Muon(groups, lr, weight_decay=weight_decay, maximize=maximize, **muon)
+        return rule(groups, lr=lr, weight_decay=weight_decay, maximize=maximize, **muon)
 
     def build_adamw(groups: InnerGroups) -> torch.optim.Optimizer:
         parameters = [p for group in groups for _, p in group["params"]]
