@@ -13,13 +13,14 @@ import enum
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from typing import Any, ClassVar, NamedTuple, TypeAlias, final
+from typing import Any, ClassVar, TypeAlias, final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from optimizers import checkpoint, distributed, ranges
+from optimizers.exchange import Batch, everywhere, local_batches, whole_batches
 from optimizers.oracle import Needs, Oracle, as_oracle
 
 __all__ = ["Group", "Needs", "Optimizer", "Scope", "Signal", "State"]
@@ -52,16 +53,6 @@ _FOREIGN_KEYS = frozenset(
 )
 
 
-class _Batch(NamedTuple):
-    """What one call of ``update_foreach`` works on: equal device and dtype throughout."""
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    states: list[State]
-    group: Group
-    targets: list[Tensor] | None  # where the result goes if ``params`` are working copies
-
-
 class Optimizer(torch.optim.Optimizer):
     r"""Base of every optimizer in this library: a :class:`torch.optim.Optimizer`.
 
@@ -88,6 +79,10 @@ class Optimizer(torch.optim.Optimizer):
     optimizer (a seed and a count of draws, a plan, a damping) lives as numbers in
     ``param_groups[0]``; a group key with a leading underscore describes this process alone and
     is not loaded.
+
+    Sharded parameters (``DTensor``, as ``fully_shard`` makes them): a rule for elements gets this
+    rank's part; a rule for matrices or layers gets them whole, on one rank each, and must not write
+    its group or raise there; all ranks step and load together. Rules for models refuse them.
 
     A non-finite gradient makes that parameter (or, for ``Scope.MODEL``, nothing: the rule
     refuses) non-finite, as in torch, and no other.
@@ -205,6 +200,12 @@ class Optimizer(torch.optim.Optimizer):
         # Everything that can be refused is refused here, before the first write.
         batches = [batch for group in self.param_groups for batch in self._batches(group, signal)]
         for batch in batches:
+            torch._foreach_add_([state["step"] for state in batch.states], 1)
+        if self.scope is Scope.ELEMENT:
+            ready = local_batches(batches)
+        else:
+            ready = whole_batches(batches, layers=self.scope is Scope.LAYER)
+        for batch in ready:
             self._apply(batch)
         self.finish(loss)
         return loss
@@ -212,10 +213,10 @@ class Optimizer(torch.optim.Optimizer):
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _batches(self, group: Group, signal: Signal) -> Iterable[_Batch]:
+    def _batches(self, group: Group, signal: Signal) -> Iterable[Batch]:
         """Collect the group's signals, refuse what cannot be used, split by device and dtype."""
         name, layouts = type(self).__name__, self._layouts
-        parts: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        parts: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
         for p in group["params"]:
             g = signal(p)
             if g is None:
@@ -236,35 +237,24 @@ class Optimizer(torch.optim.Optimizer):
                     f"a parameter changed from {layouts[id(p)]} to {layout} after {name} made its "
                     "state; build the optimizer after changing the model."
                 )
-            ps, gs = parts.setdefault((p.device, p.dtype), ([], []))
+            g = distributed.aligned(g, p, name)
+            key = (p.device, p.dtype, distributed.mesh_of(p))
+            ps, gs = parts.setdefault(key, ([], []))
             ps.append(p)
             gs.append(g if g.dtype == p.dtype else g.to(p.dtype))
-        negate = group.get("maximize", False) and self.needs is Needs.GRADIENTS
-        batches = []
-        for (_, dtype), (ps, gs) in parts.items():
-            states = [self.state[p] for p in ps]
-            if self.scope is Scope.ELEMENT and distributed.is_sharded(ps[0]):
-                states = [
-                    {k: distributed.local(v) if isinstance(v, Tensor) else v for k, v in s.items()}
-                    for s in states
-                ]
-                ps = [distributed.local(p) for p in ps]
-                gs = [distributed.local(g) for g in gs]
-            if dtype.is_complex:
-                ps = [torch.view_as_real(p) for p in ps]
-                gs = [torch.view_as_real(g.resolve_conj()) for g in gs]
-            if negate:
-                gs = list(torch._foreach_neg(gs))
-            targets = None
-            if dtype in _LOW_PRECISION:
-                targets, ps = ps, [_working(p) for p in ps]
-                gs = [_working(g) for g in gs]
-            batches.append(_Batch(ps, gs, states, group, targets))
-        return batches
+        return [Batch(ps, gs, [self.state[p] for p in ps], group) for ps, gs in parts.values()]
 
-    def _apply(self, batch: _Batch) -> None:
-        params, grads, states, group, targets = batch
-        torch._foreach_add_([state["step"] for state in states], 1)
+    def _apply(self, batch: Batch) -> None:
+        params, grads, states, group = batch
+        dtype, targets = params[0].dtype, params
+        if dtype.is_complex:
+            targets = params = [torch.view_as_real(p) for p in params]
+            grads = [torch.view_as_real(g.resolve_conj()) for g in grads]
+        if group.get("maximize", False) and self.needs is Needs.GRADIENTS:
+            grads = list(torch._foreach_neg(grads))
+        if dtype in _LOW_PRECISION:
+            params = [_working(p) for p in params]
+            grads = [_working(g) for g in grads]
         if group.get("compile", False):
             # The rate travels as a tensor: a number would be fixed in the graph and recompiled.
             options = {k: v for k, v in group.items() if k not in _FOREIGN_KEYS}
@@ -276,7 +266,7 @@ class Optimizer(torch.optim.Optimizer):
                 self.update(p, g, state, group)
         else:
             self.update_foreach(params, grads, states, group)
-        if targets is not None:
+        if targets is not params:
             torch._foreach_copy_(targets, params)
 
     def _compiled_update(self) -> Callable[..., None]:
@@ -321,6 +311,9 @@ class Optimizer(torch.optim.Optimizer):
             self._check_values(group, f" (in parameter group {len(self.param_groups) - 1})")
             for p in group["params"]:
                 self._check_param(p)
+            if self.scope is Scope.LAYER:
+                distributed.check_layer(group["params"], type(self).__name__)
+            for p in group["params"]:
                 self._make_state(p, group)
                 made.append(p)
             if self._ready:
@@ -367,18 +360,22 @@ class Optimizer(torch.optim.Optimizer):
                 f"{name} does not support complex parameters; give this one (shape "
                 f"{tuple(p.shape)}) to an element-wise rule."
             )
-        if distributed.is_sharded(p) and self.scope is not Scope.ELEMENT:
+        if distributed.is_sharded(p) and self.scope is Scope.MODEL:
             raise ValueError(
-                f"{name} must see a whole {self.scope.value} and got a shard (DTensor); give "
-                "sharded parameters to an element-wise rule, or keep this one unsharded."
+                f"{name} must see the whole model and got a shard (DTensor); give sharded "
+                "parameters to another rule, or keep the model unsharded."
             )
+        distributed.check(p, name, whole=self.scope is not Scope.ELEMENT)
 
     def _fresh_state(self, p: Tensor, group: Group) -> State:
         """Return the state of a parameter that has not been updated yet."""
         # State made under inference_mode could never be updated outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            proxy = torch.view_as_real(p) if p.is_complex() else p.detach()
-            state = self.init_state(_working(proxy), group)
+            proxy = distributed.as_real(p) if p.is_complex() else p.detach()
+            # A rule that sees whole matrices at a step sees them here too, one after the other.
+            whole = self.scope is not Scope.ELEMENT
+            state = self.init_state(_working(everywhere(proxy) if whole else proxy), group)
+            state = distributed.adopt(state, proxy, type(self).__name__, whole)
             step = torch.zeros((), dtype=torch.float32, device=distributed.local(p).device)
         return {"step": step, **state}
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimizers import distributed
+
 FORMAT_VERSION = 1
 """Written into each group as ``format_version``; raised when stored state changes meaning."""
 
@@ -28,11 +30,8 @@ def is_dry_step(groups: Sequence[Mapping[str, Any]]) -> bool:
             return False  # reading it would stall the device
         if lr != 0:
             return False
-    return not any(
-        p.grad is not None and (p.grad.is_sparse or bool(p.grad.any()))
-        for group in groups
-        for p in group["params"]
-    )
+    grads = (p.grad for group in groups for p in group["params"])
+    return not distributed.any_nonzero(g for g in grads if g is not None)
 
 
 def is_foreign(state_dict: Mapping[str, Any]) -> bool:
@@ -177,7 +176,7 @@ def fill(
         fresh = template[key]
         if isinstance(fresh, Tensor):
             with torch.no_grad():
-                fresh.copy_(torch.as_tensor(value))
+                distributed.copy_(fresh, torch.as_tensor(value))
         else:
             template[key] = deepcopy(value)
     return template
