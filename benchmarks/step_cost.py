@@ -1,7 +1,8 @@
 """Time of one step, as ratios to torch's nearest optimizer on the same tensors in the same run.
 
-All candidates live in one process and take turns round by round; ratios are formed within a round
-and the median over the rounds is kept, so a machine whose speed drifts does not decide.
+Element-wise rules; matrix rules are in ``muon_step.py``. All candidates live in one process and
+take turns round by round; ratios are formed within a round and the median over the rounds is kept,
+so a machine whose speed drifts does not decide.
 
     python benchmarks/step_cost.py --out benchmarks/results/step_cost.json
 """
@@ -9,14 +10,11 @@ and the median over the rounds is kept, so a machine whose speed drifts does not
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timing import environment, interleaved, table, write
 from torch import nn
 
 import optimizers
@@ -47,17 +45,8 @@ def gpt_matrices() -> Shapes:
     return [(384, 384)] * 6 * 2 + [(1536, 384), (384, 1536)] * 6
 
 
-def candidates(kind: str) -> dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]]:
+def candidates() -> dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]]:
     """Return the optimizers to be compared; the first is the unit."""
-    if kind == "muon":
-        return {
-            "torch.optim.Muon": lambda p: torch.optim.Muon(p, lr=0.02),
-            "optimizers.Muon": lambda p: optimizers.Muon(p, lr=0.02),
-            "optimizers.Muon, plain loop": lambda p: optimizers.Muon(p, lr=0.02, foreach=False),
-            "optimizers.DropMuon, all layers": lambda p: optimizers.DropMuon(
-                [{"params": p}], lr=0.02, sampling="full"
-            ),
-        }
     return {
         "torch.optim.Adam, amsgrad, fused": lambda p: torch.optim.Adam(p, amsgrad=True, fused=True),
         "torch.optim.Adam, amsgrad, foreach": lambda p: torch.optim.Adam(
@@ -69,31 +58,15 @@ def candidates(kind: str) -> dict[str, Callable[[list[nn.Parameter]], torch.opti
     }
 
 
-def measure(shapes: Shapes, kind: str, rounds: int) -> dict[str, dict[str, float]]:
+def measure(shapes: Shapes, rounds: int) -> dict[str, dict[str, float]]:
     """Return for each candidate its median time and median ratio to the first."""
     steppers = {}
-    for name, make in candidates(kind).items():
+    for name, make in candidates().items():
         params = [nn.Parameter(0.02 * torch.randn(s)) for s in shapes]
         for p in params:
             p.grad = torch.randn_like(p)
-        steppers[name] = make(params)
-    for optimizer in steppers.values():  # warm-up: kernels, memory, caches
-        for _ in range(3):
-            optimizer.step()
-    times: dict[str, list[float]] = {name: [] for name in steppers}
-    for _ in range(rounds):
-        for name, optimizer in steppers.items():
-            start = time.perf_counter()
-            optimizer.step()
-            times[name].append(time.perf_counter() - start)
-    unit = times[next(iter(times))]
-    return {
-        name: {
-            "milliseconds": 1e3 * statistics.median(values),
-            "ratio": statistics.median(v / u for v, u in zip(values, unit, strict=True)),
-        }
-        for name, values in times.items()
-    }
+        steppers[name] = make(params).step
+    return interleaved(steppers, rounds)
 
 
 def main() -> None:
@@ -105,28 +78,18 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     runs = {
-        "MLP 0.1 M, 4 tensors": (mlp(), "element", arguments.rounds * 10),
-        "ResNet-18, 62 tensors": (resnet18(), "element", arguments.rounds),
-        "GPT 30 M, 24 hidden matrices": (gpt_matrices(), "muon", max(5, arguments.rounds // 6)),
+        "MLP 0.1 M, 4 tensors": (mlp(), arguments.rounds * 10),
+        "ResNet-18, 62 tensors": (resnet18(), arguments.rounds),
     }
     results = {name: measure(*run) for name, run in runs.items()}
     report = {
         "what": "one optimizer step; ratio = median over rounds of the time to the first's",
-        "torch": torch.__version__,
-        "optimizers": optimizers.__version__,
-        "python": platform.python_version(),
-        "machine": platform.processor() or platform.machine(),
-        "threads": arguments.threads,
+        **environment(),
         "results": results,
     }
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    write(arguments.out, report)
     for shapes, rows in results.items():
-        print(f"\n{shapes}\n")
-        print("| optimizer | ratio | ms |\n| --- | --- | --- |")
-        for name, row in rows.items():
-            print(f"| {name} | {row['ratio']:.2f} | {row['milliseconds']:.2f} |")
+        print(table(shapes, rows))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from tests.oracles import muon_family as oracles
             "momentum": st.sampled_from([0.0, 0.5, 0.95]),
             "nesterov": st.booleans(),
             "beta2": st.sampled_from([0.0, 0.95]),
-            "eps": st.sampled_from([1e-10, 1e-2]),
+            # Without memory (beta2 = 0) the round-off of a row is divided by its length plus eps.
+            "eps": st.sampled_from([1e-4, 1e-2]),
             "axis": st.sampled_from(["rows", "short"]),
             "adjust_lr_fn": st.sampled_from([None, "original", "match_rms_adamw"]),
         }

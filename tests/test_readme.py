@@ -65,6 +65,28 @@ def cost_table():
     )
 
 
+def muon_table():
+    """Return the README's table of Muon's steps beside the peers, from the measurement."""
+    report = json.loads((ROOT / "benchmarks" / "results" / "muon_step.json").read_text())
+    lines = [
+        "| matrices | optimizer | time, as a ratio | distance to the polar factor |",
+        "| --- | --- | --- | --- |",
+    ]
+    for shapes, rows in report["results"].items():
+        for name, row in rows.items():
+            distance = row.get("distance_to_polar_factor")
+            cell = "" if distance is None else f"{distance:.2f}"
+            lines.append(f"| {shapes} | {name} | {row['ratio']:.2f} | {cell} |")
+    peers = ", ".join(f"{name} {version}" for name, version in report["peers"].items())
+    return (
+        "\n".join(lines)
+        + f"\n\nOne step on random gradients, relative to torch's in the same run (medians over "
+        f"rounds; torch {report['torch']}, {peers}; {report['threads']} threads of "
+        f"{report['cpu']}). Distances are relative, at the best length of the step. Regenerate "
+        "with `python benchmarks/muon_step.py --out benchmarks/results/muon_step.json`."
+    )
+
+
 def part(name):
     return re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", README, re.S).group(1).strip()
 
@@ -120,6 +142,10 @@ def test_the_costs_are_the_committed_measurement():
     assert part("cost") == cost_table(), "run: python tests/test_readme.py"
 
 
+def test_the_muon_table_is_the_committed_measurement():
+    assert part("muon") == muon_table(), "run: python tests/test_readme.py"
+
+
 def test_the_conformance_table_knows_every_check_and_optimizer():
     text = (ROOT / "docs" / "conformance.md").read_text()
     assert set(re.findall(r"^\| \*\*(\w+)\*\*", text, re.M)) == set(CHECKS)
@@ -138,6 +164,7 @@ if __name__ == "__main__":
         ("table", markdown_table()),
         ("demo", demo_table()),
         ("cost", cost_table()),
+        ("muon", muon_table()),
     ):
         fresh = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
