@@ -1,7 +1,7 @@
 """The only file that knows ``DTensor``: which part of a tensor lies on which rank.
 
-What is refused is refused from facts that all ranks share (whole shapes, placements), because a
-rank that raises alone leaves the others waiting until the process group's timeout.
+At a step, what is refused is refused from facts that all ranks share (whole shapes, placements),
+because a rank that raises alone leaves the others waiting until the process group's timeout.
 """
 
 from __future__ import annotations
@@ -74,10 +74,6 @@ def check(p: Tensor, rule: str, whole: bool) -> None:
         )
     if not whole:
         return
-    if not all(placement.is_replicate() or hasattr(placement, "dim") for placement in p.placements):
-        raise ValueError(
-            f"{rule} got {where}, which this library cannot gather; use Shard or Replicate."
-        )
     if p.device_mesh.get_coordinate() is None:
         raise ValueError(
             f"{rule} got {where} on a mesh of other ranks; give each rank its own parameters."

@@ -112,6 +112,7 @@ ENTRIES: tuple[Spec, ...] = (
             "reduction": "tests/test_dion2.py::test_with_all_lines_it_is_muon_in_sum_form",
             "rate": "tests/test_dion2.py::test_the_largest_lines_move_and_all_decay; no theorem "
             "is published",
+            "claim": "tests/test_muon_family.py::test_on_digits_they_end_at_half_of_adamws_loss",
         },
         builder=_routed,
     ),
@@ -243,12 +244,15 @@ ENTRIES: tuple[Spec, ...] = (
         Hyperball,
         family="orthogonalized",
         kind="wrapper",
-        reference="Wen et al.: Fantastic Pretraining Optimizers II, Hyperball, 2026",
+        reference="Wen et al.: Fantastic Pretraining Optimizers and Where to Find Them II, "
+        "Hyperball Optimization, 2026",
         example={"lr": 1e-2},
         state_floats="the inner rule's and one a parameter",
         evidence={
             "oracle": "tests/test_hyperball.py::test_matches_the_oracle",
             "reduction": "tests/test_hyperball.py: MuonH and AdamH",
+            "rate": "tests/test_hyperball.py::test_around_muon_it_is_muonh: the angle of a step is "
+            "at most arcsin(lr) (derived)",
             "claim": "tests/test_muon_family.py::test_a_hyperball_needs_a_good_radius",
         },
         builder=_hyperball,

@@ -495,6 +495,7 @@ def traffic(rank, folder):
 
 def refusals(rank, folder):
     """What is refused, on every rank, and that nothing changes."""
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Partial
 
     mesh, placed = meshes()["rows"]
@@ -521,6 +522,8 @@ def refusals(rank, folder):
         torch.ones(3 - 2 * rank, 4), mesh, placed, shape=(4, 4), stride=(4, 1), run_check=False
     )
     refused("ragged", lambda: Muon([nn.Parameter(ragged)]))
+    alone = DeviceMesh("cpu", [0])
+    refused("elsewhere", lambda: Muon([nn.Parameter(shard(torch.ones(4, 4), alone, placed))]))
     refused("state", lambda: Texts([parameter()], {"lr": 0.1}))
     backends, dist.get_backend_config = dist.get_backend_config, lambda group: "cuda:nccl"
     refused("offloaded", lambda: Muon([parameter()]))
@@ -602,6 +605,18 @@ def parts_of_the_world(rank, folder):
     mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=names)["rows", "one"]
     optimizer = sharded("kinds", mesh, [Shard(0), Replicate()])
     run(optimizer, range(STEPS - rank // 2))  # the halves need not even step together
+    return values(optimizer)
+
+
+def mixture(rank, folder):
+    """One group of ordinary parameters and of parameters on two meshes."""
+    ways = [None, meshes()["rows"], meshes()["hybrid"]]
+    params = []
+    for index, (p,) in enumerate(start("kinds")):
+        way = ways[index % 3]
+        params.append([nn.Parameter(p if way is None else shard(p, *way))])
+    optimizer = build("kinds", params)
+    run(optimizer)
     return values(optimizer)
 
 

@@ -1,4 +1,4 @@
-"""Hyperball: oracle, published run, spheres and angles, any inner rule, one state."""
+"""Hyperball: oracle, published run, spheres and angles, any inner rule."""
 
 import copy
 import io

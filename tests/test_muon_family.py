@@ -195,5 +195,5 @@ def test_a_hyperball_needs_a_good_radius():
     stuck, trained = best_loss("muonh"), best_loss("muonh", "he")
     assert stuck > 0.5
     assert trained < 0.1
-    # A target radius serves as well as another initialisation.
+    # A target radius helps, too, though not as much as another initialisation.
     assert best_loss("he sphere") < 0.1

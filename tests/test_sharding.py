@@ -82,7 +82,7 @@ PAIR = (
     *("placements", "registered", "waves", "half_precision", "complex_numbers"),
     *("missing_gradients", "other_gradients", "reloading", "dry_steps", "memory", "refusals"),
 )
-FOUR = ("waves", "models_on_grids", "parts_of_the_world", "owners", "traffic")
+FOUR = ("waves", "models_on_grids", "parts_of_the_world", "mixture", "owners", "traffic")
 
 
 def on_two(case):
@@ -282,6 +282,12 @@ def test_halves_of_the_world_train_apart():
         agree(theirs, worker.alone("kinds", steps=worker.STEPS - rank // 2))
 
 
+@pytest.mark.distributed
+def test_ordinary_parameters_and_two_meshes_go_together():
+    for theirs in on_four("mixture"):
+        agree(theirs, worker.alone("kinds"))
+
+
 # ---------------------------------------------------------------- cost and memory
 
 
@@ -346,6 +352,13 @@ REFUSED = {
     "moved by Muon": "False",
     "moved by AMSGrad": "False",
 }
+
+
+@pytest.mark.distributed
+def test_a_parameter_of_other_ranks_is_refused():
+    member, stranger = on_two("refusals")
+    assert member["elsewhere"] == "accepted"
+    assert re.match("ValueError: Muon.*on a mesh of other ranks", stranger["elsewhere"])
 
 
 @pytest.mark.distributed
