@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from step_cost import gpt_matrices, mlp, resnet18
 from timing import environment, interleaved, table, write
 from torch import nn
@@ -72,6 +73,20 @@ def parameters(shapes: list[tuple[int, int]]) -> list[nn.Parameter]:
     return params
 
 
+def stepper(make: Make, shapes: list[tuple[int, int]]) -> Callable[[], None]:
+    """Return a step on fresh parameters; some peers clear the gradients, so they are put back."""
+    params = parameters(shapes)
+    gradients = [p.grad for p in params]
+    optimizer = make(params)
+
+    def step() -> None:
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g
+        optimizer.step()
+
+    return step
+
+
 def error(make: Make, shapes: list[tuple[int, int]]) -> float | None:
     """Return the relative distance of the first step to the polar factor, up to its length.
 
@@ -123,6 +138,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
+    torch._dynamo.config.recompile_limit = 256  # peers that compile, for every shape anew
     makes: dict[str, Make] = {"torch.optim.Muon": lambda p: torch.optim.Muon(p, lr=0.02)}
     makes |= {**ours(), **peers()}
     results: dict[str, Any] = {}
@@ -134,7 +150,7 @@ def main() -> None:
         steppers, errors = {}, {}
         for candidate, make in makes.items():
             errors[candidate] = error(make, shapes)
-            steppers[candidate] = make(parameters(shapes)).step
+            steppers[candidate] = stepper(make, shapes)
         rate, work = matmul_rate(), flops(shapes)
         rows = interleaved(steppers, arguments.rounds)
         for candidate, row in rows.items():
@@ -150,7 +166,7 @@ def main() -> None:
         "optimizers.Muon": lambda p: optimizers.Muon(p, lr=0.02),
         "optimizers.Muon, one by one": lambda p: optimizers.Muon(p, lr=0.02, foreach=False),
     }
-    small = {n: m(parameters(shapes_mlp)).step for n, m in plain.items()}
+    small = {n: stepper(m, shapes_mlp) for n, m in plain.items()}
     results["MLP 0.1 M, 2 matrices"] = interleaved(small, arguments.rounds * 10)
     print(table("MLP 0.1 M, 2 matrices", results["MLP 0.1 M, 2 matrices"]))
     write(
