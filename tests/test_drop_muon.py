@@ -17,7 +17,10 @@ from optimizers.layer_dropping.sampling import (
     inclusion_probabilities,
     optimal_probabilities,
 )
+from optimizers.orthogonalized.norms import BALLS
 from tests.oracles import drop_muon as reference
+from tests.oracles.trust_region import direction as direction_of
+from tests.oracles.trust_region import dual_norm as dual_norm_of
 
 D = torch.float64
 
@@ -80,6 +83,37 @@ def test_matches_the_oracle(shapes, sampling, step_rule, exact, foreach, momentu
         for p, w in zip(layer, layer_expected, strict=True):
             scale = max(1.0, np.abs(w).max())
             assert np.abs(p.detach().numpy() - w).max() / scale < 1e-10
+
+
+@given(
+    norm=st.sampled_from(BALLS),
+    step_rule=st.sampled_from(["lmo", "sharp"]),
+    foreach=st.sampled_from([None, False]),
+    seed=st.integers(0, 1000),
+)
+def test_a_layers_norm_is_obeyed(norm, step_rule, foreach, seed):
+    """Against the trust region's directions and dual norms, which have an oracle of their own."""
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal((3, 4))
+    p, other = nn.Parameter(torch.tensor(w)), nn.Parameter(torch.tensor(w[:2].copy()))
+    optimizer = DropMuon(
+        [{"params": [p], "norm": norm}, {"params": [other]}],
+        lr=0.02, momentum=0.5, sampling="full", step_rule=step_rule, polar="svd", foreach=foreach,
+    )  # fmt: skip
+    m = np.zeros_like(w)
+    for _ in range(20):
+        g = rng.standard_normal((3, 4))
+        p.grad, other.grad = torch.tensor(g), torch.tensor(g[:2].copy())
+        optimizer.step()
+        m = 0.5 * m + 0.5 * g
+        scale = dual_norm_of(norm, m) if step_rule == "sharp" else 1.0
+        w = w - 0.02 * scale * direction_of(norm, m)
+    assert np.abs(p.detach().numpy() - w).max() < 1e-11
+
+
+def test_a_matrix_norm_of_a_vector_is_refused():
+    with pytest.raises(ValueError, match="norm='row'"):
+        DropMuon([{"params": [nn.Parameter(torch.zeros(3))], "norm": "row"}])
 
 
 def test_full_sampling_is_muon_without_nesterov():

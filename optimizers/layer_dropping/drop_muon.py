@@ -22,11 +22,13 @@ from optimizers.oracle import Oracle
 from optimizers.orthogonalized.matrices import (
     POLAR_RANGES,
     as_matrices,
+    check_matrices,
     choose_precision,
     matrix_shape,
     orthogonalize_all,
     polar_options,
 )
+from optimizers.orthogonalized.norms import BALLS, OF_MATRICES, dual_norm, steepest
 
 
 class DropMuon(Optimizer):
@@ -35,9 +37,10 @@ class DropMuon(Optimizer):
     The layers below the cut-off keep weights and momentum, and their backward pass is not run:
     the next step's layers are drawn when a step ends, and until then the parameters of the others
     require no gradient, so the ordinary loop (zero_grad, forward, backward, step) stops at the
-    cut-off by itself. Each step is cheaper and more steps are needed; which of the two wins is not
-    established here, so measure before you rely on a gain. Use it where the backward pass of the
-    early layers dominates.
+    cut-off by itself. Each step is cheaper and more steps are needed; on a small convolutional
+    network and on ten dense layers no distribution gained time to an accuracy
+    (``benchmarks/drop_muon.py``), so measure before you rely on a gain. Use it where the backward
+    pass of the early layers dominates.
 
     The rule, for each matrix :math:`W` of an active layer with gradient :math:`G`:
 
@@ -47,7 +50,8 @@ class DropMuon(Optimizer):
         W &\leftarrow W - \eta\, O \quad\text{(lmo)} \\
         W &\leftarrow W - \eta\, \langle M, O\rangle\, O \quad\text{(sharp)}
 
-    and for a vector the same in the Euclidean norm, NS(m) = m/||m||. With the exact polar factor,
+    and for a vector the same in the Euclidean norm, NS(m) = m/||m||; with another ``norm`` NS and
+    the factor are its steepest direction and dual norm. With the exact polar factor,
     momentum 0 and ``sharp`` steps of :math:`\eta = 1/L_i`, layer-wise smoothness gives
     :math:`E f(X^+) \le f(X) - \sum_i q_i \|\nabla_i f\|_*^2/(2L_i)` with inclusion probabilities
     :math:`q_i` (derived).
@@ -75,6 +79,8 @@ class DropMuon(Optimizer):
         smoothness: :math:`L_i` of each layer in its norm, for ``"cost_aware"``.
         shift: Sharpness of ``"epoch_shift"``, in [0, inf).
         step_rule: ``"lmo"`` or ``"sharp"``.
+        norm: Of a layer: ``"auto"`` (spectral for matrices, Euclidean for vectors), or one of
+            :data:`optimizers.orthogonalized.norms.BALLS`; may differ by layer.
         seed: Of the draws. All ranks must share it, and do by default.
         ns_coefficients: As for :class:`Muon`, with ``eps, eps_mode, ns_steps, ns_dtype, polar``.
         eps: See :class:`Muon`.
@@ -107,6 +113,7 @@ class DropMuon(Optimizer):
         "smoothness": "list of (0, inf) or None",
         "shift": "[0, inf)",
         "step_rule": "{lmo, sharp}",
+        "norm": "{auto, " + ", ".join(BALLS) + "}",
         "seed": "int [0, inf)",
         "progress": "[0, 1]",
         **{name: rule for name, rule in POLAR_RANGES.items() if name not in ("splits", "flatten")},
@@ -123,6 +130,7 @@ class DropMuon(Optimizer):
         smoothness: Sequence[float] | None = None,
         shift: float = 0.5,
         step_rule: str = "lmo",
+        norm: str = "auto",
         seed: int = 0,
         ns_coefficients: Sequence[float] | Sequence[Sequence[float]] = MUON_COEFFICIENTS,
         eps: float = 1e-7,
@@ -144,6 +152,7 @@ class DropMuon(Optimizer):
                 "smoothness": smoothness,
                 "shift": shift,
                 "step_rule": step_rule,
+                "norm": norm,
                 "seed": seed,
                 "progress": 0.0,
                 "cutoff": -1,
@@ -210,7 +219,9 @@ class DropMuon(Optimizer):
             self.release()
 
     def validate(self, group: Group) -> None:
-        """Refuse parameters that another optimizer has switched off for its next step."""
+        """Refuse matrix norms of vectors, and what another optimizer has switched off."""
+        if group["norm"] in OF_MATRICES:
+            check_matrices(group, f"DropMuon with norm={group['norm']!r}")
         own = {
             id(p)
             for g in getattr(self, "param_groups", ())
@@ -313,9 +324,15 @@ def _is_matrix(p: Tensor) -> bool:
 def _directions(momenta: list[Tensor], group: Group) -> list[Tensor]:
     """Return each parameter's step before the rate, in the momentum's dtype."""
     sharp = group["step_rule"] == "sharp"
+    if (norm := group["norm"]) != "auto":
+        directions = steepest(momenta, norm, group)
+        if not sharp:
+            return directions
+        pairs = zip(momenta, directions, strict=True)
+        return [dual_norm(m, norm, d, group) * d for m, d in pairs]
     matrices = [i for i, m in enumerate(momenta) if _is_matrix(m)]
     factors = orthogonalize_all([momenta[i] for i in matrices], group)
-    directions: list[Tensor] = list(momenta)
+    directions = list(momenta)
     for i, factor in zip(matrices, factors, strict=True):
         factor = factor.to(momenta[i].dtype)
         if sharp:
