@@ -11,7 +11,9 @@ from torch import nn
 
 from optimizers import LANTON, NonEuclideanTrustRegion, Objective, OracleError, Scion
 from optimizers.linalg import TABLES
+from optimizers.orthogonalized.norms import BALLS
 from tests.oracles.lanton import Lanton as Reference
+from tests.oracles.trust_region import dual_norm
 
 D = torch.float64
 STEPS = 50
@@ -116,6 +118,27 @@ def test_without_adaptation_it_is_scion_or_the_trust_region(scaled):
         step(left, [p], [g])
         step(right, [q], [g])
     torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", [ball for ball in BALLS if ball != "spectral"])
+def test_on_top_of_any_ball_of_the_trust_region(norm):
+    """Without adaptation it is that rule; the noise is measured in the dual of that norm."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((4, 6))
+    p, q, r = (nn.Parameter(torch.tensor(w)) for _ in range(3))
+    left = LANTON([p], lr=0.1, norm=norm, alpha=math.inf, weight_decay=0.0)
+    right = NonEuclideanTrustRegion([q], lr=0.1, norm=norm, momentum=0.95, init="zeros")
+    noisy = LANTON([r], lr=0.1, norm=norm, noise_beta=0.5)
+    noise, last = 0.0, None
+    for _ in range(STEPS):
+        g = rng.standard_normal((4, 6))
+        for optimizer, parameter in ((left, p), (right, q), (noisy, r)):
+            step(optimizer, [parameter], [g])
+        if last is not None:
+            noise = 0.5 * noise + 0.5 * dual_norm(norm, g - last) ** 2
+        last = g
+    torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+    assert float(noisy.state[r]["noise"]) == pytest.approx(noise, rel=1e-12)
 
 
 def test_a_group_of_one_layer_and_a_fixed_gradient_are_not_slowed():

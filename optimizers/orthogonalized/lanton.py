@@ -21,9 +21,9 @@ from optimizers.orthogonalized.matrices import (
     matrix_shape,
     polar_options,
 )
-from optimizers.orthogonalized.norms import is_matrix, steepest, unit
+from optimizers.orthogonalized.norms import BALLS, OF_MATRICES, is_matrix, steepest, unit
 
-KINDS = ("spectral", "sign", "rms")
+KINDS = ("spectral", "sign", "rms", *(ball for ball in BALLS if ball != "spectral"))
 
 
 class LANTON(Optimizer):
@@ -61,8 +61,10 @@ class LANTON(Optimizer):
     Args:
         params: Parameters; a group is a kind of layer.
         lr: :math:`\eta` in [0, inf).
-        norm: ``"spectral"``, ``"sign"`` (embeddings, heads), ``"rms"`` (vectors), or ``"auto"``:
-            spectral for matrices and rms for vectors, compared apart.
+        norm: ``"spectral"``, ``"sign"`` (embeddings, heads), ``"rms"`` (vectors), ``"auto"``
+            (spectral for matrices and rms for vectors, compared apart), or an unscaled ball of
+            :class:`NonEuclideanTrustRegion`: ``"frobenius"``, ``"linf"``, ``"l1"``, ``"column"``,
+            ``"row"``.
         momentum: :math:`\beta_1` in [0, 1).
         noise_beta: :math:`\beta_2` in [0, 1).
         alpha: :math:`\alpha` in (0, inf], in units of the dual norm: noise below it is ignored,
@@ -159,7 +161,7 @@ class LANTON(Optimizer):
 
     def validate(self, group: Group) -> None:
         """Refuse matrix norms of vectors."""
-        if group["norm"] in ("spectral", "sign"):
+        if group["norm"] in OF_MATRICES or group["norm"] == "sign":
             check_matrices(group, f"LANTON with norm={group['norm']!r}")
 
     def prepare(self) -> None:
@@ -307,8 +309,8 @@ def _directions(tensors: list[Tensor], kind: str, group: Group) -> list[Tensor]:
         return [t.sign() / max(1, t.shape[-1]) for t in tensors]
     if kind == "rms":
         return [math.sqrt(t.numel()) * unit(t, torch.linalg.vector_norm(t)) for t in tensors]
-    directions = steepest(tensors, "spectral", group)
-    if group["scaled"]:
+    directions = steepest(tensors, kind, group)
+    if group["scaled"] and kind == "spectral":
         for d in directions:
             _, rows, columns = matrix_shape(d.shape, group["splits"], group["flatten"])
             d.mul_(math.sqrt(rows / max(1, columns)))
