@@ -1,6 +1,7 @@
 """What the processes of test_sharding.py do: each case returns what this rank found."""
 
 import faulthandler
+import functools
 import gc
 import inspect
 import itertools
@@ -183,6 +184,7 @@ def sharded(rule, mesh, placed, **how):
     return build(rule, layers)
 
 
+@functools.cache
 def meshes():
     """Return meshes with placements, by name, for the present number of ranks."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -312,7 +314,10 @@ def waves(rank, folder):
     """What travels in many small waves, with large state of another shape than the parameter's."""
     found, usual = {}, (exchange.WAVE_BYTES, distributed.LARGE)
     exchange.WAVE_BYTES, distributed.LARGE = 500, 10
-    for name, (mesh, placed) in meshes().items():
+    for name in ("rows", "columns", "hybrid", "both", "tensor_parallel"):
+        if name not in meshes():
+            continue
+        mesh, placed = meshes()[name]
         optimizer = sharded("kinds", mesh, placed)
         run(optimizer)
         found[f"{name}/kinds"] = values(optimizer)
@@ -677,6 +682,16 @@ def save(rank, folder):
     return {}
 
 
+def routes_of(rule):
+    """Return the ways in which a state is loaded.
+
+    Without names ("own") torch's checkpoint returns numbers among the state under other keys.
+    """
+    return {"muon": ["sharded", "whole", "own"], "kinds_of_model": ["sharded", "whole"]}.get(
+        rule, ["sharded"]
+    )
+
+
 def load(rank, folder):
     """Continue what ``save`` stored, on another number of ranks, in each of three ways."""
     from torch.distributed import checkpoint
@@ -684,8 +699,7 @@ def load(rank, folder):
 
     found = {}
     for rule in CHECKPOINTED:
-        # torch's checkpoint returns numbers among the state under other keys without names.
-        for route in ("sharded", "whole", "own")[: 2 if rule == "kinds_of_model" else 3]:
+        for route in routes_of(rule):
             model, optimizer = checkpointed(rule)
             weights, state = states.get_state_dict(model, optimizer)
             stored = {"model": weights, "optimizer": state}
