@@ -9,8 +9,9 @@ from torch import Tensor
 
 from optimizers.linalg.coefficients import (
     MUON_COEFFICIENTS,
-    Triple,
+    Row,
     divided,
+    odd_coefficients,
     quintic_coefficients,
     rows_of,
     worst_error,
@@ -27,15 +28,18 @@ from optimizers.linalg.stacks import iterate
 
 METHODS = ("auto", "newton_schulz", "polar_express", "gram", "refined", "eigh", "svd")
 
-# The error of Muon's five steps on a full spectrum. Four optimal quintics reach it from a tight
-# scaling: on Gaussian matrices and on logarithmic spectra of condition 10 to 10^6 their distance
-# to the polar factor is smaller; where one direction outweighs all others a hundredfold it is
-# larger, for the scaling gains nothing there.
+# The error of Muon's five steps on a full spectrum.
 MUON_ERROR = 0.2
 # In the Gram form a bfloat16 phase of two steps overshoots its interval by up to 3 %: rows divided
 # by 1.01 ended as high as 3.8 on flat spectra of short side 32, divided by 1.03 never above 1.25.
 _SLACK = 1.03
-_FAST = divided(quintic_coefficients(3e-3, 4, cushion=0.02), _SLACK)
+# Degrees 9, 5 and 9: eleven products where torch takes fifteen, and by the tight scaling closer
+# to the polar factor on Gaussian matrices and on logarithmic spectra of condition 10 to 10^6. On
+# short sides torch's Frobenius norm is nearer to the spectral norm: a twelfth product is needed.
+# Where one direction outweighs all others a hundredfold, both are farther: nothing is tight there.
+_FAST = divided(odd_coefficients((5, 3, 5), 5e-3, cushion=0.01), _SLACK)
+_FAST_SHORT = divided(odd_coefficients((5, 5, 5), 2.6e-3, cushion=0.003), _SLACK)
+_SHORT_BELOW = 256
 _SAFETY = 1.01
 # The smallest singular value, relative to the scaling, for which an error is promised.
 _LOWER = 1e-3
@@ -63,8 +67,9 @@ def polar(
                         those of the low precision)
     ``eigh``            exact: float64 eigendecomposition of the Gram matrix
     ``svd``             exact: singular value decomposition, the reference
-    ``auto``            by ``error``: four optimal quintics from a tight scaling (0.2, Muon's own
-                        level), more of them, or ``eigh`` (below 1e-2 on a CPU, 1e-6 elsewhere)
+    ``auto``            by ``error``: three optimal polynomials of degree 5 and 9 from a tight
+                        scaling (0.2, Muon's own level), five to eight quintics, or ``eigh``
+                        (below 1e-2 on a CPU, 1e-6 elsewhere)
     ==================  =========================================================================
 
     Args:
@@ -180,10 +185,10 @@ def polar_many(
             )
         return
     rows, tight = _rows(method, error, coefficients, steps)
-    for working, members in _by_dtype(matrices, dtype, half_side, error, method).items():
+    for (working, short), members in _parts(matrices, dtype, half_side, error, method).items():
         factors = iterate(
             [matrices[i] for i in members],
-            rows,
+            _FAST_SHORT if short and rows is _FAST else rows,
             dtype=working,
             tight=tight,
             # A given table is applied as it stands, after the Frobenius norm.
@@ -200,7 +205,7 @@ def _rows(
     error: float,
     coefficients: Sequence[float] | Sequence[Sequence[float]] | None,
     steps: int | None,
-) -> tuple[Sequence[Triple], bool]:
+) -> tuple[Sequence[Row], bool]:
     """Return the rows to apply and whether the scaling is the tight one."""
     if coefficients is not None:
         return rows_of(coefficients, steps or 5), False
@@ -216,25 +221,25 @@ def _rows(
     return divided(rows, slack), method in ("auto", "refined")
 
 
-def _by_dtype(
+def _parts(
     matrices: Sequence[Tensor],
     dtype: torch.dtype | None,
     half_side: int | None,
     error: float,
     method: str,
-) -> dict[torch.dtype, list[int]]:
-    """Return which matrices are worked on in which precision."""
-    parts: dict[torch.dtype, list[int]] = {}
+) -> dict[tuple[torch.dtype, bool], list[int]]:
+    """Return which matrices are worked on in which precision, those of short sides apart."""
+    parts: dict[tuple[torch.dtype, bool], list[int]] = {}
     for i, matrix in enumerate(matrices):
-        working = dtype
+        n, working = min(matrix.shape[-2:]), dtype
         if working is None:
             working = torch.float64 if matrix.dtype is torch.float64 else torch.float32
             # bfloat16 rounds at 4e-3: a smaller error is out of its reach.
             if working is torch.float32 and not (method == "auto" and error < 1e-2):
                 side = half_from(matrix.device) if half_side is None else half_side
-                if min(matrix.shape[-2:]) >= side:
+                if n >= side:
                     working = torch.bfloat16
-        parts.setdefault(working, []).append(i)
+        parts.setdefault((working, n < _SHORT_BELOW), []).append(i)
     return parts
 
 

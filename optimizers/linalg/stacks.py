@@ -16,15 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optimizers.linalg.coefficients import Triple
+from optimizers.linalg.coefficients import Row, divided
 from optimizers.linalg.symmetric import (
-    halved,
+    Symmetric,
+    congruence,
     outer,
     polynomial,
-    product,
     scaled_polynomial,
     whole,
-    worth_halving,
 )
 from optimizers.linalg.workspace import room
 
@@ -56,7 +55,7 @@ class Stack(NamedTuple):
 
 def iterate(
     matrices: Sequence[Tensor],
-    rows: Sequence[Triple],
+    rows: Sequence[Row],
     *,
     dtype: torch.dtype,
     tight: bool = False,
@@ -64,11 +63,11 @@ def iterate(
     gram: bool | None = None,
     source: Callable[[int], Tensor] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    r"""Apply a composition of odd quintics to the singular values of every matrix.
+    r"""Apply a composition of odd polynomials to the singular values of every matrix.
 
     Args:
         matrices: Tensors ``(rows, columns)`` or ``(count, rows, columns)``, of one device.
-        rows: Coefficients, one row a step.
+        rows: Coefficients, one row of three or five a step.
         dtype: Arithmetic of the products.
         tight: Scale by :math:`\|(X X^\top)^2\|_F^{1/2}`, to the power 1/2 an upper bound of the
             spectral norm that is 3 to 7 times smaller than the Frobenius norm on full spectra and
@@ -149,24 +148,31 @@ def _load(
     # float16 has no range to spare: scale before the cast.
     staged = torch.float32 if dtype is torch.float16 else dtype
     X = room(shape, staged, first.device, f"stack {number}")
-    norms, start = [], 0
-    for i, count in zip(members, counts, strict=True):
+    # On an accelerator a look at the norms is not worth a stall: the careful way is taken.
+    look = X.is_cpu and not torch.compiler.is_compiling()
+    for i, part in zip(members, torch.split(X, counts), strict=True):
         matrix = fetch(i)
-        part = X[start : start + count]
         part.copy_(matrix if matrix.ndim == 3 else matrix.unsqueeze(0))
-        norms.append(_norms(matrix if matrix.dtype in _WIDE else part).reshape(count, 1, 1))
-        start += count
-    norm = torch.cat(norms)
-    ordinary = (norm > _SMALLEST) & (norm < _LARGEST)
-    # On an accelerator the answer is not worth a stall: the careful way is taken.
-    if not X.is_cpu or torch.compiler.is_compiling() or not bool(ordinary.all()):
-        peak = X.abs().amax((-2, -1), keepdim=True)
-        # NaN stays NaN, zero stays zero; infinity becomes NaN.
-        X.div_(torch.where(peak == 0, 1, peak))
-        norm = _norms(X)
-    X.mul_(torch.where(norm == 0, 0, norm.reciprocal()).to(X.dtype))
+        if look:  # while it is in the cache
+            _normalize_(part, _norms(matrix if matrix.dtype in _WIDE else part))
+    if not look:
+        _normalize_(X, None)
     spare = room(shape, dtype, first.device, f"spare {number}")
     return Stack(X.to(dtype), spare, members, counts)
+
+
+def _normalize_(X: Tensor, norms: Tensor | None) -> None:
+    """Divide by the Frobenius norms; if these are not known or extreme, by the largest first."""
+    if norms is not None:
+        norms = norms.reshape(-1, 1, 1)
+        if bool(((norms > _SMALLEST) & (norms < _LARGEST)).all()):
+            X.mul_(norms.reciprocal().to(X.dtype))
+            return
+    peak = X.abs().amax((-2, -1), keepdim=True)
+    # NaN stays NaN, zero stays zero; infinity becomes NaN.
+    X.div_(torch.where(peak == 0, 1, peak))
+    norms = _norms(X)
+    X.mul_(torch.where(norms == 0, 0, norms.reciprocal()).to(X.dtype))
 
 
 def _norms(X: Tensor) -> Tensor:
@@ -181,50 +187,62 @@ def _deliver(stack: Stack, X: Tensor, matrices: Sequence[Tensor]) -> Iterator[tu
 
 
 def _times(P: Tensor, X: Tensor, tall: bool, out: Tensor) -> Tensor:
-    """Return ``P X``, for tall matrices ``X P``."""
-    return torch.bmm(X, P, out=out) if tall else torch.bmm(P, X, out=out)
+    r"""Return ``P X``, for tall matrices :math:`X P^\top`.
+
+    P is symmetric but for rounding. Transposed, a product of polynomials meets a tall X in the
+    order in which they were made: the error of the last one, made for a matrix that the others
+    have flattened, is not amplified by them.
+    """
+    return torch.bmm(X, P.mT, out=out) if tall else torch.bmm(P, X, out=out)
 
 
-def _first_polynomial(R: Tensor, row: Triple, tight: bool, safety: float) -> Tensor:
+def _first_polynomial(R: Symmetric, row: Row, tight: bool, safety: float) -> Symmetric:
     if tight:
-        return scaled_polynomial(R, row, safety)
-    a, b, c = row
-    return polynomial(R, (a / safety, b / safety**3, c / safety**5))
+        return scaled_polynomial(R, row, safety, "polynomial 0")
+    return polynomial(R, divided((row, row), safety)[0], "polynomial 0")
 
 
-def _plain(stack: Stack, rows: Sequence[Triple], tight: bool, safety: float) -> Tensor:
+def _plain(stack: Stack, rows: Sequence[Row], tight: bool, safety: float) -> Tensor:
     X, spare, tall = stack.X, stack.spare, stack.tall
     for k, row in enumerate(rows):
-        R = outer(X, tall)
-        P = polynomial(R, row) if k else _first_polynomial(R, row, tight, safety)
-        X, spare = _times(P, X, tall, spare), X
+        R = outer(X, tall, "gram")
+        P = polynomial(R, row, "polynomial") if k else _first_polynomial(R, row, tight, safety)
+        X, spare = _times(whole(P), X, tall, spare), X
     return X
 
 
-def _gram(
-    stacks: Sequence[Stack], rows: Sequence[Triple], tight: bool, safety: float
-) -> list[Tensor]:
-    dtype, device = stacks[0].X.dtype, stacks[0].X.device
+def _gram(stacks: Sequence[Stack], rows: Sequence[Row], tight: bool, safety: float) -> list[Tensor]:
     sizes = [len(stack.X) for stack in stacks]
-    n = min(stacks[0].X.shape[-2:])
-    period = _STEPS_WITHOUT_RESTART.get(dtype, 2)
+    period = _STEPS_WITHOUT_RESTART.get(stacks[0].X.dtype, 2)
     Xs, spares = [stack.X for stack in stacks], [stack.spare for stack in stacks]
-    for begin in range(0, len(rows), period):
-        phase = rows[begin : begin + period]
-        R = torch.empty(sum(sizes), n, n, dtype=dtype, device=device)
-        for X, stack, out in zip(Xs, stacks, torch.split(R, sizes), strict=True):
-            outer(X, stack.tall, out=out)
-        if worth_halving(R, n):
-            R = halved(R)
+    # A short phase comes first, where the values are spread widest.
+    begins = range(len(rows) % period or period, len(rows) + 1, period)
+    for end in begins:
+        begin = max(end - period, 0)
+        R = _joined(
+            [outer(X, s.tall, f"gram {j}") for j, (X, s) in enumerate(zip(Xs, stacks, strict=True))]
+        )
         Q: Tensor | None = None
-        for k, row in enumerate(phase):
-            opening = begin == 0 and k == 0
-            P = _first_polynomial(R, row, tight, safety) if opening else polynomial(R, row)
-            Q = P if Q is None else product(P, Q)
-            if k + 1 < len(phase):
-                R = product(product(P, R), P)
+        for k in range(begin, end):
+            # Rooms in turn: what was written a step ago is still read.
+            turn = str((k - begin) % 2)
+            if k == 0:
+                P = _first_polynomial(R, rows[0], tight, safety)
+            else:
+                P = polynomial(R, rows[k], "polynomial " + turn)
+            # Not halved: a mirrored block would have its factors in the wrong order, see _times.
+            full = whole(P, "whole " + turn)
+            if Q is not None:
+                full = torch.bmm(full, Q, out=room(tuple(Q.shape), Q.dtype, Q.device, "Q" + turn))
+            Q = full
+            if k + 1 < end:
+                R = congruence(P, R, "gram 0")
         assert Q is not None  # a phase has at least one step
-        Q = Q if Q.ndim == 3 else whole(Q)
         factors = zip(torch.split(Q, sizes), Xs, stacks, spares, strict=True)
         Xs, spares = [_times(q, X, stack.tall, out) for q, X, stack, out in factors], Xs
     return Xs
+
+
+def _joined(stacks: list[Symmetric]) -> Symmetric:
+    """Return several stacks as one."""
+    return stacks[0] if len(stacks) == 1 else tuple(map(torch.cat, zip(*stacks, strict=True)))

@@ -73,10 +73,10 @@ class Muon(Optimizer):
             multiplies it clearly faster than float32 (measured once, kept in the group), float32
             below, and float64 for float64 matrices.
         polar: The back-end, see :func:`optimizers.linalg.polar`. ``"auto"``: while steps and
-            coefficients are torch's, four optimal quintics from a tighter scaling, in the Gram
-            form for wide matrices; else the given polynomial, batched. ``"newton_schulz"``:
-            torch's loop bit by bit. ``"polar_express"``, ``"gram"``, ``"refined"``; exact:
-            ``"eigh"``, ``"svd"``.
+            coefficients are torch's, three optimal polynomials of degree 5 and 9 from a tighter
+            scaling, in the Gram form for wide matrices; else the given polynomial, batched.
+            ``"newton_schulz"``: torch's loop bit by bit. ``"polar_express"``, ``"gram"``,
+            ``"refined"``; exact: ``"eigh"``, ``"svd"``.
         cautious: Let only those weights decay that the step does not pull away from zero
             (Chen et al., "Cautious Weight Decay", 2025):
             :math:`W \leftarrow W - \eta(D + \lambda 1[D \circ W \ge 0] \circ W)` with
@@ -186,18 +186,22 @@ class Muon(Optimizer):
     ) -> None:
         """The rule for all parameters; equal shapes share one iteration."""
         m = [s["momentum_buffer"] for s in states]
-        momentum = group["momentum"]
-        ema_(m, grads, momentum)
-        ahead = None
-        if group["nesterov"] and not params[0].is_cpu:
-            m = list(torch._foreach_lerp(grads, m, momentum))
-        elif group["nesterov"]:
-            # One at a time, when it is loaded: no second copy of all momenta.
-            def ahead(i: int) -> Tensor:
+        momentum, nesterov = group["momentum"], group["nesterov"]
+        if params[0].is_cpu:
+            # One at a time, when it is loaded: it stays in the cache, and of the sum with the
+            # gradient there is only one.
+            def source(i: int) -> Tensor:
+                m[i].lerp_(grads[i], 1 - momentum)
                 out = room(tuple(m[i].shape), m[i].dtype, m[i].device, "ahead")
-                return torch.lerp(grads[i], m[i], momentum, out=out)
+                return torch.lerp(grads[i], m[i], momentum, out=out) if nesterov else m[i]
+        else:
+            ema_(m, grads, momentum)
+            ahead = list(torch._foreach_lerp(grads, m, momentum)) if nesterov else m
 
-        for i, factor in orthogonalize_each(m, group, ahead):
+            def source(i: int) -> Tensor:
+                return ahead[i]
+
+        for i, factor in orthogonalize_each(m, group, source):
             descend_(params[i], factor, _ratio(params[i], group), group)
 
 
