@@ -103,6 +103,8 @@ class Optimizer(torch.optim.Optimizer):
     # Attributes are caches: deepcopy and pickle drop them and these values take over.
     _ready: bool = True
     _compiled: Callable[..., None] | None = None
+    # Options that a class mixed in before a rule adds to the rule's.
+    _mixed_in: Mapping[str, Any] = {}
 
     @property
     def _layouts(self) -> dict[int, tuple[torch.Size, torch.dtype]]:
@@ -126,7 +128,7 @@ class Optimizer(torch.optim.Optimizer):
                 f"params must be an iterable of parameters; got the module "
                 f"{type(params).__name__}. Pass model.parameters()."
             )
-        own = {name: _own(value) for name, value in defaults.items()}
+        own = {name: _own(value) for name, value in {**defaults, **self._mixed_in}.items()}
         self._check_values({"params": [], **own})
         self._ready = False
         super().__init__(params, {**own, "format_version": checkpoint.FORMAT_VERSION})

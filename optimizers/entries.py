@@ -16,6 +16,7 @@ from optimizers.orthogonalized import (
     AdaMuon,
     Dion2,
     Muon,
+    NoiseAdaptiveNorMuon,
     NonEuclideanTrustRegion,
     NorMuon,
     Scion,
@@ -163,6 +164,29 @@ ENTRIES: tuple[Spec, ...] = (
             "late_parameter_starts_afresh": "a layer's rate depends on the noise of the others in "
             "its group",
         },
+    ),
+    Spec(
+        NoiseAdaptiveNorMuon,
+        family="orthogonalized",
+        reference="the rates of Hao et al.: Noise-Adaptive Layerwise Learning Rates, 2025, on "
+        "NorMuon; likewise on Muon, AdaMuon, Dion2 and any rule for matrices (NoiseAdaptive)",
+        example={"lr": 2e-2},
+        state_floats="2 and one a row",
+        evidence={
+            "oracle": "tests/test_noise_adaptive.py"
+            "::test_each_step_is_the_rules_times_the_share_of_the_rate",
+            "reduction": "tests/test_noise_adaptive.py: the rule bit by bit without adaptation, "
+            "LANTON on Scion",
+            "rate": "tests/test_lanton.py::test_the_noise_is_estimated_within_its_standard_error",
+            "claim": "tests/test_noise_adaptive.py"
+            "::test_it_beats_the_fixed_rate_where_noisy_layers_travel_less",
+        },
+        exceptions={
+            "one_group_equals_many": "a rate is relative to the quietest layer of its group",
+            "late_parameter_starts_afresh": "a layer's rate depends on the noise of the others in "
+            "its group",
+        },
+        builder=_routed,
     ),
     Spec(
         DropMuon,

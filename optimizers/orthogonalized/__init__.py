@@ -4,6 +4,13 @@ from optimizers.orthogonalized.adamuon import AdaMuon
 from optimizers.orthogonalized.dion2 import Dion2
 from optimizers.orthogonalized.lanton import LANTON
 from optimizers.orthogonalized.muon import Muon
+from optimizers.orthogonalized.noise import (
+    NoiseAdaptive,
+    NoiseAdaptiveAdaMuon,
+    NoiseAdaptiveDion2,
+    NoiseAdaptiveMuon,
+    NoiseAdaptiveNorMuon,
+)
 from optimizers.orthogonalized.normuon import NorMuon
 from optimizers.orthogonalized.qk_clip import qk_clip_
 from optimizers.orthogonalized.scion import Scion
@@ -14,6 +21,11 @@ __all__ = [
     "AdaMuon",
     "Dion2",
     "Muon",
+    "NoiseAdaptive",
+    "NoiseAdaptiveAdaMuon",
+    "NoiseAdaptiveDion2",
+    "NoiseAdaptiveMuon",
+    "NoiseAdaptiveNorMuon",
     "NonEuclideanTrustRegion",
     "NorMuon",
     "Scion",

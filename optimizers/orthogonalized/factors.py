@@ -26,6 +26,11 @@ def factor_options(**options: Any) -> dict[str, Any]:
     return {k: v for k, v in polar_options(**options).items() if k not in _FIXED}
 
 
+def iteration_options(group: Group) -> Group:
+    """Return the group with the iteration's own ``eps``, whichever way the rule keeps its."""
+    return group if "eps_mode" in group else {**group, **_FIXED}
+
+
 def polar_factors(
     tensors: Sequence[Tensor], group: Group, source: Callable[[int], Tensor] | None = None
 ) -> Iterator[tuple[int, Tensor]]:
@@ -47,7 +52,7 @@ def polar_factors(
     fetch = source or tensors.__getitem__
     # The products of an iteration keep zeros; a decomposition does not.
     exact = group["polar"] in ("eigh", "svd")
-    for i, factor in orthogonalize_each(tensors, {**group, **_FIXED}, source):
+    for i, factor in orthogonalize_each(tensors, iteration_options(group), source):
         O = stack(factor, group).to(tensors[i].dtype)
         yield i, _without_empty(O, stack(fetch(i), group)) if exact else O
 

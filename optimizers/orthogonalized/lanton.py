@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optimizers.base import Group, Optimizer, Scope, Signal, State
+from optimizers.base import Group, State
 from optimizers.functional import decay_, ema_
 from optimizers.linalg import MUON_COEFFICIENTS
-from optimizers.objective import OracleError
-from optimizers.oracle import Oracle
 from optimizers.orthogonalized.matrices import (
     POLAR_RANGES,
     check_matrices,
     choose_precision,
-    matrix_shape,
     polar_options,
 )
-from optimizers.orthogonalized.norms import BALLS, OF_MATRICES, is_matrix, steepest, unit
+from optimizers.orthogonalized.noise import KINDS, NOISE_RANGES, NoiseEstimates, directions
+from optimizers.orthogonalized.norms import OF_MATRICES, is_matrix
 
-KINDS = ("spectral", "sign", "rms", *(ball for ball in BALLS if ball != "spectral"))
 
-
-class LANTON(Optimizer):
+class LANTON(NoiseEstimates):
     r"""Steps of a norm ball, shorter for layers whose gradients are noisier than their group's.
 
     A noisy layer that moves as far as a quiet one never settles. Here each layer's noise is
@@ -100,17 +95,13 @@ class LANTON(Optimizer):
         :math:`\langle D, d(D)\rangle`.
     """
 
-    # A rate depends on all layers of the group.
-    scope = Scope.MODEL
     ranges = {
         "lr": "[0, inf)",
         "norm": "{auto, " + ", ".join(KINDS) + "}",
         "momentum": "[0, 1)",
-        "noise_beta": "[0, 1)",
-        "alpha": "(0, inf]",
-        "noise": "{previous, independent}",
         "weight_decay": "[0, inf)",
         "scaled": "bool",
+        **NOISE_RANGES,
         **POLAR_RANGES,
     }
 
@@ -170,85 +161,15 @@ class LANTON(Optimizer):
 
     def init_state(self, p: Tensor, group: Group) -> State:
         """Return the average and the noise, at zero."""
-        scalar = p.new_zeros(())
-        state: State = {"momentum_buffer": torch.zeros_like(p), "noise": scalar}
-        if group["noise"] == "previous":
-            state["previous_grad"] = torch.zeros_like(p)
-            state["has_previous"] = scalar.clone()
-        return state
+        return {"momentum_buffer": torch.zeros_like(p), **self.noise_state(p, group)}
 
-    # ------------------------------------------------------------------ the rates
-
-    def probe(self, oracle: Oracle) -> tuple[Tensor | None, Signal]:
-        """Take the gradients, and from two of them each layer's noise and rate.
-
-        Nothing is written here: what may still be refused must find the state as it was.
-        """
-        loss = oracle.evaluate()
-        params = self._all_params()
-        first = {p: p.grad for p in params}
-        second: dict[Tensor, Tensor | None] = {}
-        if any(group["noise"] == "independent" for group in self.param_groups):
-            first = {p: g if g is None else g.clone() for p, g in first.items()}
-            if oracle.evaluate() is None:
-                raise OracleError(
-                    "LANTON with noise='independent' needs two gradients at one point. Pass a "
-                    "closure that draws a mini-batch each time it is called, clears the "
-                    "gradients, calls loss.backward() and returns the loss."
-                )
-            second = {p: p.grad for p in params}
-        self._rates = {}
-        self._dropped = [p for p in params if first[p] is None]
-        for group in self.param_groups:
-            self._plan(group, first, second)
-        return loss, first.__getitem__
-
-    def _plan(
-        self, group: Group, first: dict[Tensor, Tensor | None], second: dict[Tensor, Tensor | None]
-    ) -> None:
-        """Compute each layer's new noise and its share of the rate."""
-        kinds: dict[str, list[tuple[State, Tensor, Tensor]]] = {}
-        for p in group["params"]:
-            state, g = self.state[p], first[p]
-            difference, present = torch.zeros_like(state["momentum_buffer"]), 0.0
-            other = second.get(p) if second else state.get("previous_grad")
-            usable = g is not None and other is not None and _comparable(g, p)
-            if usable and g is not None and other is not None:
-                difference = g.to(difference.dtype) - other.to(difference.dtype)
-                present = 1.0 if second else state["has_previous"]
-            weight = (1 - group["noise_beta"]) * torch.as_tensor(present).to(difference)
-            kinds.setdefault(_kind(p, group), []).append((state, difference, weight))
-        for kind, members in kinds.items():
-            differences = [d for _, d, _ in members]
-            duals = [
-                (d * o).sum()
-                for d, o in zip(differences, _directions(differences, kind, group), strict=True)
-            ]
-            noises = [
-                # Without a second gradient H stays: a lerp of weight zero.
-                torch.lerp(state["noise"], dual.square().to(state["noise"]), weight.to(dual))
-                for (state, _, weight), dual in zip(members, duals, strict=True)
-            ]
-            shares = [torch.rsqrt(1 + h / group["alpha"] ** 2) for h in noises]
-            stacked = torch.stack([a.to(shares[0]) for a in shares])
-            # A layer whose noise is not a number must not decide for the others.
-            largest = torch.where(stacked.isnan(), 0, stacked).amax()
-            for (state, _, _), h, a in zip(members, noises, shares, strict=True):
-                self._rates[id(state)] = (h, (a / largest.to(a)).sqrt())
-
-    def rates(self) -> list[list[Tensor]]:
-        """Return each parameter's share of its group's rate, in (0, 1], as of its noise now."""
-        shares = []
-        for group in self.param_groups:
-            own = {p: self.state[p]["noise"] / group["alpha"] ** 2 for p in group["params"]}
-            lowest: dict[str, Tensor] = {}
-            for p, h in own.items():
-                kind = _kind(p, group)
-                lowest[kind] = torch.minimum(lowest[kind], h) if kind in lowest else h
-            shares.append(
-                [((1 + lowest[_kind(p, group)]) / (1 + h)) ** 0.25 for p, h in own.items()]
-            )
-        return shares
+    def noise_norm(self, p: Tensor, group: Group) -> str:
+        """Return the norm of a parameter."""
+        norm: str = group["norm"]
+        if norm != "auto":
+            return norm
+        splits = group["splits"] if p.ndim == 2 else 1
+        return "spectral" if is_matrix(p, splits, group["flatten"]) else "rms"
 
     # ------------------------------------------------------------------ the rule
 
@@ -263,55 +184,11 @@ class LANTON(Optimizer):
         momenta = [s["momentum_buffer"] for s in states]
         ema_(momenta, grads, group["momentum"])
         decay_(params, group["lr"], group["weight_decay"])
-        sign = -1.0 if group["maximize"] else 1.0  # the gradients come negated, D does not
         kinds: dict[str, list[int]] = {}
         for i, p in enumerate(params):
-            kinds.setdefault(_kind(p, group), []).append(i)
+            kinds.setdefault(self.noise_norm(p, group), []).append(i)
         for kind, members in kinds.items():
-            own = _directions([momenta[i] for i in members], kind, group)
+            own = directions([momenta[i] for i in members], kind, group)
             for i, d in zip(members, own, strict=True):
-                noise, share = self._rates[id(states[i])]
-                params[i].sub_(group["lr"] * share * d)
-                states[i]["noise"].copy_(noise)
-                if "previous_grad" in states[i]:
-                    states[i]["previous_grad"].copy_(grads[i]).mul_(sign)
-                    states[i]["has_previous"].fill_(1)
-
-    def finish(self, loss: Tensor | None) -> None:
-        """Forget the gradients of parameters that have none now."""
-        for p in self._dropped:
-            if "has_previous" in self.state[p]:
-                self.state[p]["has_previous"].zero_()
-        self._rates, self._dropped = {}, []
-
-    # Of one step alone.
-    _rates: dict[int, tuple[Tensor, Tensor]] = {}
-    _dropped: list[Tensor] = []
-
-
-def _comparable(g: Tensor, p: Tensor) -> bool:
-    """Whether the base will accept a gradient; it refuses the others, with its message."""
-    return g.layout is torch.strided and g.shape == p.shape
-
-
-def _kind(p: Tensor, group: Group) -> str:
-    """Return the norm of a parameter."""
-    norm: str = group["norm"]
-    if norm != "auto":
-        return norm
-    splits = group["splits"] if p.ndim == 2 else 1
-    return "spectral" if is_matrix(p, splits, group["flatten"]) else "rms"
-
-
-def _directions(tensors: list[Tensor], kind: str, group: Group) -> list[Tensor]:
-    """Return the steepest directions in the table's norms."""
-    if kind == "sign":
-        return [t.sign() / max(1, t.shape[-1]) for t in tensors]
-    if kind == "rms":
-        return [math.sqrt(t.numel()) * unit(t, torch.linalg.vector_norm(t)) for t in tensors]
-    directions = steepest(tensors, kind, group)
-    if group["scaled"] and kind == "spectral":
-        for d in directions:
-            _, rows, columns = matrix_shape(d.shape, group["splits"], group["flatten"])
-            d.mul_(math.sqrt(rows / max(1, columns)))
-    return directions
+                params[i].sub_(group["lr"] * self.share(states[i]) * d)
+        self.remember(grads, states, group)
