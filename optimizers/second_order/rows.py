@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optimizers.curvature import OutputModel
-from optimizers.linalg.damped import damped_solve_
+from optimizers.linalg.damped import damped_solve_, refined_solve
 from optimizers.objective import OracleError
 
 
@@ -142,44 +142,109 @@ class LayeredRows(Rows):
     The row of output ``k`` of sample ``i`` is, in the weight of a layer, the outer product of its
     slope :math:`B_i^k` and its input :math:`a_i`, so that the Gram matrix is the sum over layers
     of :math:`(a_i \cdot a_j + 1)(B_i^k \cdot B_j^l)`, the 1 being the bias's.
+
+    With cross-entropy :math:`\sqrt{p}^\top V = 0` for each term. The reflection that takes
+    :math:`\sqrt p` to :math:`-e_c` leaves out the last row of each term, and a tenth of the system
+    with ten classes: :math:`V'_j = V_j - \sqrt{p_j}\, V_c / (1 + \sqrt{p_c})`.
     """
 
     def __init__(self, layers: list[Layer], shapes: list[torch.Size], model: OutputModel) -> None:
         super().__init__(shapes, model)
-        self._layers = [
-            layer._replace(
-                inputs=layer.inputs.to(self._dtype),
-                slopes=model.whiten(layer.slopes.to(self._dtype)),
-            )
-            for layer in layers
-        ]
+        # The rows themselves have no more digits than this.
+        self._coarse = layers[0].slopes.dtype
+        # The reflection is sqrt(p_j) / (1 + sqrt(p_c)) for j < c, and sqrt(p_j).
+        self._mirror: tuple[Tensor, Tensor] | None = None
+        if model.mean is not None and model.mean.shape[1] > 1:
+            roots = model.mean.sqrt()
+            self._mirror = roots[:, :-1] / (1 + roots[:, -1:]), roots[:, :-1]
+        self._q = self._reduced(model.q)
+        self._layers, self._inner = [], []
+        for layer in layers:
+            a = layer.inputs.to(self._dtype)
+            B = self._reduced(model.whiten(layer.slopes.to(self._dtype)))
+            inner = a @ a.mT if layer.weight is not None else a.new_zeros(len(a), len(a))
+            self._inner.append(inner if layer.bias is None else inner + 1)
+            self._layers.append(layer._replace(inputs=a, slopes=B))
+
+    def _reduced(self, rows: Tensor) -> Tensor:
+        """Return ``(n, c - 1, ...)`` of ``(n, c, ...)``, or all where no row is left out."""
+        if self._mirror is None:
+            return rows
+        ratio = self._mirror[0].view(*self._mirror[0].shape, *[1] * (rows.ndim - 2))
+        return rows[:, :-1] - ratio * rows[:, -1:]
+
+    def _expanded(self, u: Tensor) -> Tensor:
+        """Return vectors over all rows that have these parts and none along sqrt(p)."""
+        if self._mirror is None:
+            return u
+        ratio, roots = (t.view(*t.shape, *[1] * (u.ndim - 2)) for t in self._mirror)
+        along = (roots * u).sum(1, keepdim=True)
+        return torch.cat([u - ratio * along, -along], dim=1)
+
+    def solve(self, damping: float) -> list[Tensor]:
+        r"""Return the direction: factorised in the rows' precision, refined in the working one.
+
+        The large products and the factor are several times cheaper in float32, and products with
+        the exact matrix cost next to nothing by layers.
+        """
+        shift, q = self._shift(damping), self._q.flatten()
+        for (_, B, _, _), inner in zip(self._layers, self._inner, strict=True):
+            finite(torch.stack([B.sum(), inner.sum()]), "Jacobian")
+        u = None
+        if torch.finfo(self._coarse).eps > torch.finfo(self._dtype).eps:
+            u = refined_solve(self._gram(torch.float32), self._apply, q, shift)
+        if u is None:
+            u = damped_solve_(self._gram(self._dtype), q, shift)
+        return self._pulled(u.view_as(self._q))
 
     def gram(self) -> Tensor:
         r"""Return :math:`V V^\top`."""
-        b, c = self._model.q.shape
-        K = self._model.q.new_zeros(b, c, b, c)
-        for a, B, weight, bias in self._layers:
-            inner = a @ a.mT if weight is not None else a.new_zeros(b, b)
-            if bias is not None:
-                inner += 1
-            flat = B.flatten(0, 1)
-            K += (flat @ flat.mT).view(b, c, b, c).mul_(inner[:, None, :, None])
+        K = self._gram(self._dtype)
+        K = K.tril() + K.tril(-1).mT
+        for _ in range(2):  # rows, then columns
+            K = self._expanded(K.view(*self._q.shape, -1)).flatten(0, 1).mT.contiguous()
+        return K
+
+    def _gram(self, dtype: torch.dtype) -> Tensor:
+        """Return the Gram matrix; above the diagonal only parts are filled."""
+        b, c = self._q.shape
+        K = self._q.new_zeros(b, c, b, c, dtype=dtype)
+        flats = [B.flatten(0, 1).to(dtype) for _, B, _, _ in self._layers]
+        inners = [inner.to(dtype) for inner in self._inner]
+        for begin in range(0, b, step := max(1, -(-b // _STRIPES))):
+            end = min(begin + step, b)
+            strip = K[begin:end, :, :end]
+            for flat, inner in zip(flats, inners, strict=True):
+                part = (flat[begin * c : end * c] @ flat[: end * c].mT).view(strip.shape)
+                strip.addcmul_(part, inner[begin:end, None, :end, None])
         return K.view(b * c, b * c)
+
+    def _apply(self, u: Tensor) -> Tensor:
+        """Return the Gram matrix times a vector."""
+        u = u.view_as(self._q)
+        total = torch.zeros_like(u)
+        for (_, B, _, _), inner in zip(self._layers, self._inner, strict=True):
+            h = inner @ torch.einsum("nco,nc->no", B, u)
+            total += torch.einsum("nco,no->nc", B, h)
+        return total.flatten()
 
     def pull(self, u: Tensor) -> list[Tensor]:
         r"""Return :math:`V^\top u`."""
+        return self._pulled(self._reduced(u))
+
+    def _pulled(self, u: Tensor) -> list[Tensor]:
         found: dict[int, Tensor] = {}
         for a, B, weight, bias in self._layers:
             summed = torch.einsum("nco,nc->no", B, u)
             if weight is not None:
-                found[weight] = summed.mT @ a
+                found[weight] = _matmul(summed.mT, a, self._coarse)
             if bias is not None:
                 found[bias] = summed.sum(0)
         return [found[k] for k in range(len(self._shapes))]
 
     def push(self, vectors: Sequence[Tensor]) -> Tensor:
         """Return ``V`` times the vectors."""
-        total = torch.zeros_like(self._model.q)
+        total = torch.zeros_like(self._q)
         for a, B, weight, bias in self._layers:
             h = torch.zeros_like(B[:, 0])
             if weight is not None:
@@ -187,4 +252,21 @@ class LayeredRows(Rows):
             if bias is not None:
                 h = h + vectors[bias].to(B.dtype)
             total += torch.einsum("nco,no->nc", B, h)
-        return total
+        return self._expanded(total)
+
+
+def _matmul(A: Tensor, B: Tensor, coarse: torch.dtype) -> Tensor:
+    """Return ``A B``, multiplied in a coarser type where nothing cancels that it would lose.
+
+    The norms of random factors multiply to the root of the inner dimension times the product's;
+    eight times that, and the coarse type has lost a digit.
+    """
+    if torch.finfo(coarse).eps > torch.finfo(A.dtype).eps:
+        product = (A.to(coarse) @ B.to(coarse)).to(A.dtype)
+        if float(A.norm() * B.norm()) <= 8 * A.shape[1] ** 0.5 * float(product.norm()):
+            return product
+    return A @ B
+
+
+# Strips of rows of a symmetric matrix, each as long as its diagonal block needs: 5/8 of the work.
+_STRIPES = 4
