@@ -72,8 +72,12 @@ class EGN(Optimizer):
     :math:`\alpha \le \lambda/L`, :math:`F(w+\alpha\delta) \le F(w) - \frac\alpha2
     \nabla F^\top (H+\lambda I)^{-1} \nabla F`.
 
-    The memory is batch x outputs x parameters; for an ``nn.Sequential`` of ``nn.Linear`` and
-    activations it is batch x outputs x widths. Frozen parameters are left alone and cost nothing.
+    The Jacobian is not formed where the model's parameters stand in linear layers that see one
+    vector a sample: there the memory is batch x outputs x widths. Convolutions, normalisations,
+    embeddings and layers that act at several places are formed from what enters and leaves them,
+    which holds in any model that is made of such layers (checked: the rows must give the
+    gradient); other models give their Jacobian sample by sample. Both take batch x outputs x
+    parameters. Frozen parameters are left alone and cost nothing.
 
     Args:
         params: Parameters or groups. All groups are solved together; ``lr`` and ``weight_decay``
@@ -92,8 +96,12 @@ class EGN(Optimizer):
         adaptive_damping: Whether to adapt ``damping``, within [1e-12, 1e12].
         weight_decay: Decoupled, in [0, inf); search and :math:`\rho` leave it out.
         max_rows: Largest linear system, an int from 1 on.
-        chunk: Samples whose Jacobian is computed at once, or ``None`` for all.
-        solve_dtype: ``"float64"`` or ``"float32"``, of the linear system.
+        chunk: Samples whose Jacobian is computed at once, or ``None`` for all; for models that
+            give it sample by sample.
+        solve_dtype: ``"float64"`` or ``"float32"``, of the linear system. The rows of a float32
+            model by layers are multiplied and factorised in float32 in either case; with
+            ``"float64"`` that factor is the preconditioner of an exact solution (conjugate
+            gradients to a float64 backward error, or a float64 factor where they do not get there).
 
     State:
         ``step`` (); with momentum ``exp_avg`` :math:`v` of the parameter's shape, in its dtype

@@ -1,13 +1,14 @@
 """How the rows of a batch are obtained: layer by layer where that is exact, else sample by sample.
 
-For an ``nn.Sequential`` of linear layers and activations the layers' inputs and output slopes
-say everything, at a small part of the Jacobian's cost. Every other model that treats its samples
-one by one gives dense rows, by ``vmap(jacrev)``.
+The inputs of a model's layers and the slopes of the outputs in what leaves them say everything,
+at a small part of the Jacobian's cost: for an ``nn.Sequential`` of linear layers and activations
+by construction, for other models of known layers after a check. Every other model that treats
+its samples one by one gives dense rows, by ``vmap(jacrev)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from optimizers.curvature import LossForm, OutputModel
 from optimizers.objective import Objective, OracleError
-from optimizers.second_order.rows import DenseRows, Layer, LayeredRows, Rows
+from optimizers.second_order.layers import columns_of, is_altered, observe, watched
+from optimizers.second_order.rows import DenseRows, Layer, LayeredRows, Rows, Shared
 
 
 def batch_rows(
@@ -44,6 +46,7 @@ def batch_rows(
     objective.names(params)  # refuses parameters of another model
     if sum(p.numel() for p in params) >= model.q.numel():
         rows = _layered_rows(objective, params, model, rule)
+        rows = rows or _observed_rows(objective, params, model, batch, rule)
         if rows is not None:
             return rows
     return _dense_rows(objective, params, model, batch, chunk, rule)
@@ -126,6 +129,90 @@ def _layered_rows(
     )
 
 
+def _observed_rows(
+    objective: Objective, params: list[Tensor], model: OutputModel, batch: int, rule: str
+) -> LayeredRows | None:
+    """Return the rows of a model of known layers, or ``None`` if it holds other parameters.
+
+    That every use of the parameters was seen, and that no sample looks at another, is checked:
+    the rows must give the gradient, and half of the batch the same outputs.
+    """
+    modules = watched(objective.model, params)
+    if modules is None or model.q.shape[0] != batch:
+        return None
+    with torch.enable_grad():
+        seen = observe(modules, objective.outputs, batch)
+        if seen is None:
+            return None
+        values, uses = seen
+        if not isinstance(values, Tensor) or values.ndim != 2 or not uses:
+            return None
+        b, c = values.shape
+        directions = torch.eye(c, dtype=values.dtype, device=values.device)
+        directions = directions.unsqueeze(1).expand(c, b, c)
+        outputs = [use.outputs for use in uses]
+        slopes = _slopes(values, outputs, directions)
+        slope = model.slope().to(values.dtype)
+        gradient = torch.autograd.grad(values, params, slope, allow_unused=True)
+    objective.counts.vjp += c + 1
+    _check_same(values.detach(), model, rule)
+    half = [a[: (b + 1) // 2] if _is_batched(a, b) else a for a in objective.arguments]
+    with torch.no_grad():
+        again = objective.model(*half)
+    if not _is_close(again, values.detach()[: (b + 1) // 2]):
+        return None
+    positions = {id(p): k for k, p in enumerate(params)}
+    known = [p for use in uses for p in use.module.parameters(recurse=False) if id(p) in positions]
+    alone = {id(p) for p in known if sum(p is other for other in known) == 1}
+    layers: list[Layer | Shared] = []
+    for use, B in zip(uses, slopes, strict=True):
+        own = [id(p) for p in use.module.parameters(recurse=False) if id(p) in positions]
+        if isinstance(use.module, nn.Linear) and B.ndim == 3 and alone.issuperset(own):
+            weight, bias = (positions.get(id(p)) for p in (use.module.weight, use.module.bias))
+            layers.append(Layer(use.inputs, B, weight, bias))
+        else:
+            layers.append(Shared(B, columns_of(use, positions)))
+    if {id(p) for p in known} != set(positions):
+        return None
+    rows = LayeredRows(layers, [p.shape for p in params], model)
+    found = rows.pull(model.q / -model.count)
+    expected = [
+        torch.zeros_like(mine) if g is None else g for g, mine in zip(gradient, found, strict=True)
+    ]
+    largest = max(float(g.abs().max()) for g in expected)
+    # A gradient far below the others is rounding of theirs.
+    close = (_is_close(m, g, 1e-2 * largest) for m, g in zip(found, expected, strict=True))
+    return rows if all(close) else None
+
+
+def _slopes(values: Tensor, outputs: list[Tensor], directions: Tensor) -> list[Tensor]:
+    """Return the slopes ``(b, c, ...)`` of the outputs of a model in those of its layers."""
+    found: Sequence[Tensor | None]
+    try:
+        found = torch.autograd.grad(
+            values, outputs, directions, retain_graph=True, is_grads_batched=True, allow_unused=True
+        )
+    except RuntimeError:  # a backward without a batching rule
+        each = [
+            torch.autograd.grad(values, outputs, d, retain_graph=True, allow_unused=True)
+            for d in directions
+        ]
+        columns: Any = zip(*each, strict=True)
+        found = [None if part[0] is None else torch.stack(part) for part in columns]
+    return [
+        values.new_zeros(len(o), len(directions), *o.shape[1:]) if B is None else B.movedim(0, 1)
+        for o, B in zip(outputs, found, strict=True)
+    ]
+
+
+def _is_close(found: Tensor, expected: Tensor, least: float = 0.0) -> bool:
+    """Whether two results are equal but for a thousand roundings of the coarser."""
+    dtypes = (found.dtype, expected.dtype)
+    rounding = min(1e3 * max(torch.finfo(dtype).eps for dtype in dtypes), 0.05)
+    gap = float((found.reshape(expected.shape) - expected).abs().max())
+    return gap <= rounding * (float(expected.abs().max()) + least)
+
+
 _ELEMENTWISE = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
     *(nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardswish),
@@ -144,7 +231,7 @@ def _chain(model: nn.Module) -> list[nn.Module] | None:
 
 def _flattened(model: nn.Module) -> list[nn.Module]:
     """Return the modules of nested sequences in order."""
-    if type(model) is nn.Sequential and not _is_altered(model):
+    if type(model) is nn.Sequential and not is_altered(model):
         return [module for part in model for module in _flattened(part)]
     return [model]
 
@@ -156,13 +243,7 @@ def _is_plain(module: nn.Module) -> bool:
     else:
         known = type(module) in (nn.Linear, *_ELEMENTWISE)
     # One that works in place would change the inputs of the layer before.
-    return known and not getattr(module, "inplace", False) and not _is_altered(module)
-
-
-def _is_altered(module: nn.Module) -> bool:
-    """Whether calling it runs more than its class's forward."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return "forward" in module.__dict__ or bool(hooked)
+    return known and not getattr(module, "inplace", False) and not is_altered(module)
 
 
 def _dense_rows(

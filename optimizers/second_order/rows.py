@@ -12,6 +12,7 @@ from torch import Tensor
 from optimizers.curvature import OutputModel
 from optimizers.linalg.damped import damped_solve_, refined_solve
 from optimizers.objective import OracleError
+from optimizers.second_order.layers import Columns
 
 
 class Rows(ABC):
@@ -136,19 +137,156 @@ class Layer(NamedTuple):
     bias: int | None
 
 
-class LayeredRows(Rows):
-    r"""Rows of a chain of linear layers, by their factors.
+class Shared(NamedTuple):
+    """A layer whose parameters act at several places: its slopes, and what they are in columns."""
 
-    The row of output ``k`` of sample ``i`` is, in the weight of a layer, the outer product of its
-    slope :math:`B_i^k` and its input :math:`a_i`, so that the Gram matrix is the sum over layers
-    of :math:`(a_i \cdot a_j + 1)(B_i^k \cdot B_j^l)`, the 1 being the bias's.
+    slopes: Tensor  # (b, c, *outputs)
+    columns: Columns
+
+
+class Term(ABC):
+    """The rows in some of the columns."""
+
+    @abstractmethod
+    def add_to_strip_(self, strip: Tensor, begin: int) -> None:
+        """Add products of the samples from ``begin`` on with those up to the strip's end.
+
+        Args:
+            strip: ``(samples, c, end, c)``.
+            begin: The first sample of the strip.
+        """
+
+    @abstractmethod
+    def pull(self, u: Tensor) -> dict[int, Tensor]:
+        r"""Return :math:`V^\top u` for each of its parameters, flat or shaped."""
+
+    @abstractmethod
+    def push(self, vectors: Sequence[Tensor]) -> Tensor:
+        """Return ``V`` times the vectors of its parameters."""
+
+    @abstractmethod
+    def apply(self, u: Tensor) -> Tensor:
+        """Return its part of the Gram matrix times ``(b, c)``."""
+
+    @abstractmethod
+    def total(self) -> Tensor:
+        """Return a number that is finite if all rows are."""
+
+
+class Factored(Term):
+    """A linear layer by its factors: rows that are outer products are never formed."""
+
+    def __init__(self, layer: Layer, dtype: torch.dtype, coarse: torch.dtype) -> None:
+        self._a, self._B = layer.inputs.to(dtype), layer.slopes
+        self._weight, self._bias, self._coarse = layer.weight, layer.bias, coarse
+        b = len(self._a)
+        inner = self._a @ self._a.mT if layer.weight is not None else self._a.new_zeros(b, b)
+        self._inner = inner if layer.bias is None else inner + 1
+        self._rounded: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+    def add_to_strip_(self, strip: Tensor, begin: int) -> None:
+        """See :class:`Term`."""
+        dtype = strip.dtype
+        if dtype not in self._rounded:
+            self._rounded[dtype] = self._B.flatten(0, 1).to(dtype), self._inner.to(dtype)
+        flat, inner = self._rounded[dtype]
+        length, c, end, _ = strip.shape
+        part = flat[begin * c : (begin + length) * c] @ flat[: end * c].mT
+        strip.addcmul_(part.view(strip.shape), inner[begin : begin + length, None, :end, None])
+
+    def pull(self, u: Tensor) -> dict[int, Tensor]:
+        """See :class:`Term`."""
+        summed, found = torch.einsum("nco,nc->no", self._B, u), {}
+        if self._weight is not None:
+            found[self._weight] = _matmul(summed.mT, self._a, self._coarse)
+        if self._bias is not None:
+            found[self._bias] = summed.sum(0)
+        return found
+
+    def push(self, vectors: Sequence[Tensor]) -> Tensor:
+        """See :class:`Term`."""
+        h = torch.zeros_like(self._B[:, 0])
+        if self._weight is not None:
+            h = self._a @ vectors[self._weight].to(h.dtype).mT
+        if self._bias is not None:
+            h = h + vectors[self._bias].to(h.dtype)
+        return torch.einsum("nco,no->nc", self._B, h)
+
+    def apply(self, u: Tensor) -> Tensor:
+        """See :class:`Term`."""
+        h = self._inner @ torch.einsum("nco,nc->no", self._B, u)
+        return torch.einsum("nco,no->nc", self._B, h)
+
+    def total(self) -> Tensor:
+        """See :class:`Term`."""
+        return self._B.sum() + self._inner.sum()
+
+
+class Formed(Term):
+    """The rows of one parameter as they are, ``(b, c, numel)``, in their own precision."""
+
+    def __init__(self, position: int, rows: Tensor, dtype: torch.dtype) -> None:
+        self._position, self._rows, self._dtype = position, rows, dtype
+
+    def add_to_strip_(self, strip: Tensor, begin: int) -> None:
+        """See :class:`Term`."""
+        length, _, end, _ = strip.shape
+        flat = strip.view(length * strip.shape[1], -1) if strip.is_contiguous() else None
+        for columns in self._parts():
+            upper = columns[begin : begin + length].flatten(0, 1).to(strip.dtype)
+            product = upper @ columns[:end].flatten(0, 1).to(strip.dtype).mT
+            if flat is not None:
+                flat.add_(product)
+            else:
+                strip.add_(product.view(strip.shape))
+
+    def _parts(self) -> Sequence[Tensor]:
+        """Cut the columns into parts that stay small in the working dtype."""
+        b, c, _ = self._rows.shape
+        return torch.split(self._rows, max(1, _CHUNK // (b * c)), dim=-1)
+
+    def pull(self, u: Tensor) -> dict[int, Tensor]:
+        """See :class:`Term`."""
+        u = u.flatten()
+        parts = [p.flatten(0, 1).to(self._dtype).mT @ u for p in self._parts()]
+        return {self._position: torch.cat(parts)}
+
+    def push(self, vectors: Sequence[Tensor]) -> Tensor:
+        """See :class:`Term`."""
+        flat = vectors[self._position].reshape(-1).to(self._dtype)
+        return self._times(flat)
+
+    def _times(self, vector: Tensor) -> Tensor:
+        total, start = self._rows.new_zeros(self._rows.shape[:2], dtype=self._dtype), 0
+        for part in self._parts():
+            total += part.to(self._dtype) @ vector[start : start + part.shape[-1]]
+            start += part.shape[-1]
+        return total
+
+    def apply(self, u: Tensor) -> Tensor:
+        """See :class:`Term`."""
+        return self._times(self.pull(u)[self._position])
+
+    def total(self) -> Tensor:
+        """See :class:`Term`."""
+        return self._rows.sum(dtype=self._dtype)
+
+
+class LayeredRows(Rows):
+    r"""Rows by layers: of a linear layer by its factors, of others as they are.
+
+    The row of output ``k`` of sample ``i`` is, in the weight of a linear layer, the outer product
+    of its slope :math:`B_i^k` and its input :math:`a_i`, so that the Gram matrix is the sum over
+    layers of :math:`(a_i \cdot a_j + 1)(B_i^k \cdot B_j^l)`, the 1 being the bias's.
 
     With cross-entropy :math:`\sqrt{p}^\top V = 0` for each term. The reflection that takes
     :math:`\sqrt p` to :math:`-e_c` leaves out the last row of each term, and a tenth of the system
     with ten classes: :math:`V'_j = V_j - \sqrt{p_j}\, V_c / (1 + \sqrt{p_c})`.
     """
 
-    def __init__(self, layers: list[Layer], shapes: list[torch.Size], model: OutputModel) -> None:
+    def __init__(
+        self, layers: Sequence[Layer | Shared], shapes: list[torch.Size], model: OutputModel
+    ) -> None:
         super().__init__(shapes, model)
         # The rows themselves have no more digits than this.
         self._coarse = layers[0].slopes.dtype
@@ -158,13 +296,24 @@ class LayeredRows(Rows):
             roots = model.mean.sqrt()
             self._mirror = roots[:, :-1] / (1 + roots[:, -1:]), roots[:, :-1]
         self._q = self._reduced(model.q)
-        self._layers, self._inner = [], []
+        self._terms: list[Term] = []
+        formed: dict[int, Tensor] = {}
         for layer in layers:
-            a = layer.inputs.to(self._dtype)
-            B = self._reduced(model.whiten(layer.slopes.to(self._dtype)))
-            inner = a @ a.mT if layer.weight is not None else a.new_zeros(len(a), len(a))
-            self._inner.append(inner if layer.bias is None else inner + 1)
-            self._layers.append(layer._replace(inputs=a, slopes=B))
+            slopes = self._white(layer.slopes)
+            if isinstance(layer, Layer):
+                layer = layer._replace(slopes=slopes)
+                self._terms.append(Factored(layer, self._dtype, self._coarse))
+                continue
+            for position, rows in layer.columns(slopes.to(self._coarse)):
+                # Several uses of a parameter are one row.
+                formed[position] = formed[position] + rows if position in formed else rows
+        self._terms += [Formed(k, rows, self._dtype) for k, rows in formed.items()]
+
+    def _white(self, slopes: Tensor) -> Tensor:
+        r"""Return :math:`L^\top` times the slopes, reflected, in the working precision."""
+        flat = slopes.flatten(2).to(self._dtype)
+        rows = self._reduced(self._model.whiten(flat))
+        return rows.view(*rows.shape[:2], *slopes.shape[2:])
 
     def _reduced(self, rows: Tensor) -> Tensor:
         """Return ``(n, c - 1, ...)`` of ``(n, c, ...)``, or all where no row is left out."""
@@ -188,8 +337,7 @@ class LayeredRows(Rows):
         the exact matrix cost next to nothing by layers.
         """
         shift, q = self._shift(damping), self._q.flatten()
-        for (_, B, _, _), inner in zip(self._layers, self._inner, strict=True):
-            finite(torch.stack([B.sum(), inner.sum()]), "Jacobian")
+        finite(torch.stack([term.total() for term in self._terms]), "Jacobian")
         u = None
         if torch.finfo(self._coarse).eps > torch.finfo(self._dtype).eps:
             u = refined_solve(self._gram(torch.float32), self._apply, q, shift)
@@ -209,24 +357,16 @@ class LayeredRows(Rows):
         """Return the Gram matrix; above the diagonal only parts are filled."""
         b, c = self._q.shape
         K = self._q.new_zeros(b, c, b, c, dtype=dtype)
-        flats = [B.flatten(0, 1).to(dtype) for _, B, _, _ in self._layers]
-        inners = [inner.to(dtype) for inner in self._inner]
         for begin in range(0, b, step := max(1, -(-b // _STRIPES))):
             end = min(begin + step, b)
-            strip = K[begin:end, :, :end]
-            for flat, inner in zip(flats, inners, strict=True):
-                part = (flat[begin * c : end * c] @ flat[: end * c].mT).view(strip.shape)
-                strip.addcmul_(part, inner[begin:end, None, :end, None])
+            for term in self._terms:
+                term.add_to_strip_(K[begin:end, :, :end], begin)
         return K.view(b * c, b * c)
 
     def _apply(self, u: Tensor) -> Tensor:
         """Return the Gram matrix times a vector."""
         u = u.view_as(self._q)
-        total = torch.zeros_like(u)
-        for (_, B, _, _), inner in zip(self._layers, self._inner, strict=True):
-            h = inner @ torch.einsum("nco,nc->no", B, u)
-            total += torch.einsum("nco,no->nc", B, h)
-        return total.flatten()
+        return torch.stack([term.apply(u) for term in self._terms]).sum(0).flatten()
 
     def pull(self, u: Tensor) -> list[Tensor]:
         r"""Return :math:`V^\top u`."""
@@ -234,25 +374,13 @@ class LayeredRows(Rows):
 
     def _pulled(self, u: Tensor) -> list[Tensor]:
         found: dict[int, Tensor] = {}
-        for a, B, weight, bias in self._layers:
-            summed = torch.einsum("nco,nc->no", B, u)
-            if weight is not None:
-                found[weight] = _matmul(summed.mT, a, self._coarse)
-            if bias is not None:
-                found[bias] = summed.sum(0)
-        return [found[k] for k in range(len(self._shapes))]
+        for term in self._terms:
+            found |= term.pull(u)
+        return [found[k].view(shape) for k, shape in enumerate(self._shapes)]
 
     def push(self, vectors: Sequence[Tensor]) -> Tensor:
         """Return ``V`` times the vectors."""
-        total = torch.zeros_like(self._q)
-        for a, B, weight, bias in self._layers:
-            h = torch.zeros_like(B[:, 0])
-            if weight is not None:
-                h = a @ vectors[weight].to(B.dtype).mT
-            if bias is not None:
-                h = h + vectors[bias].to(B.dtype)
-            total += torch.einsum("nco,no->nc", B, h)
-        return self._expanded(total)
+        return self._expanded(torch.stack([term.push(vectors) for term in self._terms]).sum(0))
 
 
 def _matmul(A: Tensor, B: Tensor, coarse: torch.dtype) -> Tensor:

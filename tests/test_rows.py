@@ -1,0 +1,242 @@
+"""Rows by layers equal per-sample Jacobians, over architectures."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from optimizers import EGN, Objective
+from optimizers.curvature import LossForm, output_model
+from optimizers.second_order import jacobian
+from optimizers.second_order.jacobian import batch_rows
+from optimizers.second_order.rows import DenseRows, LayeredRows
+from tests.test_egn import Opaque
+
+D = torch.float64
+B = 4
+
+
+class Residual(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+class Tied(nn.Module):
+    """One layer at two depths."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        return self.head(self.again(self.again(h).tanh()))
+
+
+class TwiceTheWeight(nn.Module):
+    """A weight that is used by its layer and, unseen, beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+
+    def forward(self, x):
+        return functional.linear(self.layer(x).tanh(), self.layer.weight.T)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(4), nn.Linear(4, 12), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = x.view(len(x), 3, 4)
+        q, k, v = self.qkv(self.norm(h)).chunk(3, -1)
+        h = h + self.out(functional.scaled_dot_product_attention(q, k, v))
+        return self.head(h.mean(1))
+
+
+class Words(nn.Module):
+    def __init__(self, padding):
+        super().__init__()
+        self.table = nn.Embedding(7, 4, padding_idx=padding)
+        self.mix, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        words = (x.abs() * 3).long() % 7
+        return self.head(self.mix(self.table(words)).tanh().sum(1))
+
+
+def cnn(channels, kernel, stride, padding, dilation, groups, norm, inplace):
+    size = 6
+    layers = [nn.Conv2d(2, channels, 3, padding=1), nn.ReLU(inplace)]
+    layers += [nn.Conv2d(channels, channels, kernel, stride, padding, dilation, groups)]
+    if norm == "group":
+        layers.append(nn.GroupNorm(2, channels))
+    if norm == "batch":
+        layers.append(nn.BatchNorm2d(channels).eval())
+    layers += [nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, 3)]
+    return nn.Sequential(nn.Unflatten(1, (2, size, size)), *layers)
+
+
+def conv1d():
+    return nn.Sequential(
+        nn.Unflatten(1, (2, 6)), nn.Conv1d(2, 4, 3, stride=2, padding=1), nn.GELU(),
+        nn.Conv1d(4, 4, 2, groups=2, bias=False), nn.Flatten(), nn.Linear(8, 3),
+    )  # fmt: skip
+
+
+def seeded(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    model.to(D)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=D).abs() / 2)
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=D) / 2)
+    return model
+
+
+@torch.no_grad()
+def compare(model, inputs, seed, loss="cross_entropy", expected=LayeredRows, frozen=()):
+    model = seeded(model, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    x = torch.randn(B, inputs, generator=generator, dtype=D)
+    c = model(x).shape[1]
+    y = torch.randint(0, c, (B,), generator=generator)
+    if loss != "cross_entropy":
+        y = torch.randn(B, c, generator=generator, dtype=D)
+    fn = functional.cross_entropy if loss == "cross_entropy" else functional.mse_loss
+    found = []
+    for net in (model, Opaque(model)):
+        objective = Objective(net, fn).on(x, y)
+        params = [p for i, p in enumerate(model.parameters()) if i not in frozen]
+        f = output_model(LossForm(loss), objective.outputs(), y, "EGN")
+        rows = batch_rows(objective, params, f, batch=B, chunk=None, rule="EGN")
+        assert isinstance(rows, (expected, DenseRows)[len(found) :][0])
+        found.append((rows, rows.gram(), rows.solve(0.3)))
+    (rows, K, direction), (dense, K_dense, expected_direction) = found
+    scale = float(K_dense.abs().max())
+    torch.testing.assert_close(K, K_dense, rtol=0, atol=1e-12 * scale)
+    for d, e in zip(direction, expected_direction, strict=True):
+        # A system of condition ||K|| / (N damping).
+        torch.testing.assert_close(d, e, rtol=1e-10, atol=1e-12 * (1 + scale))
+    torch.testing.assert_close(rows.push(direction), dense.push(direction), rtol=1e-9, atol=1e-11)
+    u = torch.randn(rows.push(direction).shape, generator=generator, dtype=D)
+    if loss != "cross_entropy":  # a part along sqrt(p) is left out, which the rows do not have
+        for v, w in zip(rows.pull(u), dense.pull(u), strict=True):
+            torch.testing.assert_close(v, w, rtol=1e-10, atol=1e-12 * (1 + scale))
+
+
+@given(
+    channels=st.sampled_from([4, 6]),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    padding=st.integers(0, 2),
+    dilation=st.integers(1, 2),
+    groups=st.sampled_from([1, 2]),
+    norm=st.sampled_from(["none", "group", "batch"]),
+    inplace=st.booleans(),
+    loss=st.sampled_from(["cross_entropy", "mse"]),
+    seed=st.integers(0, 1000),
+)
+def test_convolutional_networks(
+    channels, kernel, stride, padding, dilation, groups, norm, inplace, loss, seed
+):
+    model = cnn(channels, kernel, stride, padding, dilation, groups, norm, inplace)
+    compare(model, 72, seed, loss)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize(
+    ("build", "inputs"),
+    [
+        (conv1d, 12),
+        (Tied, 5),
+        (Attention, 12),
+        (lambda: Words(None), 3),
+        (lambda: Words(1), 3),
+        (lambda: nn.Sequential(nn.Linear(5, 5), Residual(nn.Linear(5, 5)), nn.Linear(5, 3)), 5),
+        (lambda: nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 3)), 5),
+        (lambda: nn.Sequential(Residual(nn.Sequential(nn.Linear(5, 5, bias=False), nn.Tanh()))), 5),
+    ],
+)
+def test_networks(build, inputs, loss):
+    for seed in range(5):
+        compare(build(), inputs, seed, loss)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1, 2), (3,)])
+def test_frozen_parameters_are_left_out(frozen):
+    compare(Attention(), 12, 0, frozen=frozen)
+    compare(conv1d(), 12, 0, frozen=frozen)
+
+
+def test_a_use_that_is_not_seen_is_noticed():
+    """The rows of the layer alone are not the gradient, and the Jacobians are taken."""
+    compare(TwiceTheWeight(), 5, 0, expected=DenseRows)
+
+
+class Centred(nn.Module):
+    """Samples that look at each other, but for the sum of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(5, 20), nn.Linear(20, 3)
+
+    def forward(self, x):
+        h = self.layer(x)
+        return self.head((h - h.mean(0)).tanh())
+
+
+def test_samples_that_look_at_each_other_are_refused_as_before():
+    model = seeded(Centred(), 0)
+    objective = Objective(model, functional.mse_loss).on(
+        torch.randn(B, 5, dtype=D), torch.randn(B, 3, dtype=D)
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="other outputs when it evaluated the samples"):
+        EGN(model.parameters(), damping=1.0).step(objective)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_no_hook_and_no_gradient_is_left_behind():
+    model = seeded(Attention(), 0)
+    objective = Objective(model, functional.mse_loss).on(
+        torch.randn(B, 12, dtype=D), torch.randn(B, 3, dtype=D)
+    )
+    optimizer = EGN(model.parameters(), damping=1.0)
+    optimizer.step(objective)
+    assert not any(m._forward_hooks for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@torch.no_grad()
+def test_a_backward_without_a_batching_rule_is_run_output_by_output(monkeypatch):
+    plain = torch.autograd.grad
+
+    def refuse(*args, **kwargs):
+        if kwargs.get("is_grads_batched"):
+            raise RuntimeError("no batching rule")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(jacobian.torch.autograd, "grad", refuse)
+    model = seeded(Attention(), 0)
+    objective = Objective(model, functional.mse_loss).on(
+        torch.randn(B, 12, dtype=D), torch.randn(B, 3, dtype=D)
+    )
+    f = output_model(LossForm("mse"), objective.outputs(), objective.targets, "EGN")
+    params = list(model.parameters())
+    rows = batch_rows(objective, params, f, batch=B, chunk=None, rule="EGN")
+    monkeypatch.undo()
+    other = batch_rows(objective, params, f, batch=B, chunk=None, rule="EGN")
+    assert isinstance(rows, LayeredRows)
+    torch.testing.assert_close(rows.gram(), other.gram(), rtol=1e-12, atol=1e-12)
