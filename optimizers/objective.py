@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _NormBase
 
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]
@@ -242,24 +243,18 @@ class Objective:
         r"""Return the generalized Gauss-Newton product :math:`J^\top H_{out} J v`.
 
         :math:`J` is the Jacobian of the outputs in ``params`` and :math:`H_{out}` the Hessian of
-        the loss in the outputs; both by double backward passes.
+        the loss in the outputs. One forward pass in dual numbers gives :math:`Jv` and the graph
+        for the backward pass; where an operation has no forward derivative, two backward passes
+        stand in for it.
         """
         self.names(params)
         with torch.enable_grad():
-            outputs = self.outputs()
-            loss = self._checked(self.loss_fn(outputs, self.targets))
-            (slope,) = torch.autograd.grad(loss, outputs, create_graph=True)
-            # J v by the double-backward trick: J^T u is linear in a dummy u.
-            dummy = torch.zeros_like(outputs, requires_grad=True)
-            pulled = torch.autograd.grad(
-                outputs, params, dummy, create_graph=True, allow_unused=True
-            )
-            terms = [(g, v) for g, v in zip(pulled, vectors, strict=True) if g is not None]
-            (pushed,) = torch.autograd.grad(
-                [g for g, _ in terms], dummy, [v for _, v in terms], retain_graph=True
-            )
+            outputs, pushed = self._pushed(params, vectors)
+            leaf = outputs.detach().requires_grad_()
+            loss = self._checked(self.loss_fn(leaf, self.targets))
+            (slope,) = torch.autograd.grad(loss, leaf, create_graph=True)
             if slope.requires_grad:
-                (curved,) = torch.autograd.grad(slope, outputs, pushed, retain_graph=True)
+                (curved,) = torch.autograd.grad(slope, leaf, pushed)
             else:
                 curved = torch.zeros_like(outputs)
             products = torch.autograd.grad(outputs, params, curved, allow_unused=True)
@@ -267,6 +262,30 @@ class Objective:
         return [
             torch.zeros_like(p) if g is None else g for p, g in zip(params, products, strict=True)
         ]
+
+    def _pushed(self, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the outputs, in the graph, and the product of their Jacobian with vectors."""
+        try:
+            dual_number: Any = forward_ad.make_dual
+            unpacked: Any = forward_ad.unpack_dual
+            with forward_ad.dual_level():
+                duals = [dual_number(p, v.to(p)) for p, v in zip(params, vectors, strict=True)]
+                dual = unpacked(self.call(params, duals, *self.arguments))
+            if isinstance(dual.primal, Tensor):
+                tangent = dual.tangent
+                pushed = torch.zeros_like(dual.primal) if tangent is None else tangent.detach()
+                return dual.primal, pushed
+        except (RuntimeError, NotImplementedError):
+            pass  # an operation without a forward derivative
+        outputs = self.outputs()
+        # J^T u is linear in a dummy u, and its derivative there is J.
+        dummy = torch.zeros_like(outputs, requires_grad=True)
+        pulled = torch.autograd.grad(outputs, params, dummy, create_graph=True, allow_unused=True)
+        terms = [(g, v) for g, v in zip(pulled, vectors, strict=True) if g is not None]
+        (pushed,) = torch.autograd.grad(
+            [g for g, _ in terms], dummy, [v for _, v in terms], retain_graph=True
+        )
+        return outputs, pushed
 
     def population(
         self, params: Sequence[Tensor], candidates: Sequence[Tensor], *, chunk: int | None = None

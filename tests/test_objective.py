@@ -102,6 +102,46 @@ def test_products_ask_about_some_parameters_only(problem, kind):
     torch.testing.assert_close(result, matrix @ flat(vectors), rtol=1e-11, atol=1e-12)
 
 
+class Cube(torch.autograd.Function):
+    """An operation that has no forward derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * g
+
+
+class Cubes(nn.Module):
+    def __init__(self, plain):
+        super().__init__()
+        self.layer, self.plain = nn.Linear(3, 2, dtype=torch.float64), plain
+
+    def forward(self, x):
+        h = self.layer(x)
+        return h**3 if self.plain else Cube.apply(h)
+
+
+def test_gauss_newton_products_without_a_forward_derivative():
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    plain, custom = Cubes(True), Cubes(False)
+    custom.load_state_dict(plain.state_dict())
+    found = []
+    vectors = [torch.randn(p.shape, dtype=p.dtype) for p in plain.parameters()]
+    for model in (plain, custom):
+        objective = Objective(model, nn.functional.mse_loss).on(x, y)
+        found.append(flat(objective.ggn(list(model.parameters()), vectors)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-13)
+    expected = dense(Objective(plain, nn.functional.mse_loss).on(x, y), list(plain.parameters()),
+                     "ggn") @ flat(vectors)  # fmt: skip
+    torch.testing.assert_close(found[0], expected, rtol=1e-11, atol=1e-12)
+
+
 def test_products_of_a_linear_loss_are_zero():
     model = nn.Linear(3, 1)
     objective = Objective(model, lambda out, _: out.mean()).on(torch.ones(2, 3), None)
