@@ -24,7 +24,7 @@ from optimizers.orthogonalized import (
     qk_clip_,
 )
 from optimizers.registry import Spec, get_optimizer, get_spec, list_optimizers
-from optimizers.second_order import EGN
+from optimizers.second_order import EGN, FAdam, InducedMetric
 from optimizers.wrappers import DropLayers, Hyperball, Routed, Rule, classify, muon_with_adamw
 
 __version__ = "0.1.0"
@@ -39,7 +39,9 @@ __all__ = [
     "Dion2",
     "DropLayers",
     "DropMuon",
+    "FAdam",
     "Hyperball",
+    "InducedMetric",
     "Muon",
     "Needs",
     "NoiseAdaptiveNorMuon",

@@ -21,7 +21,7 @@ from optimizers.orthogonalized import (
     NorMuon,
     Scion,
 )
-from optimizers.second_order import EGN
+from optimizers.second_order import EGN, FAdam, InducedMetric
 from optimizers.spec import Spec
 from optimizers.wrappers import DropLayers, Hyperball, Routed, muon_with_adamw
 
@@ -243,6 +243,37 @@ ENTRIES: tuple[Spec, ...] = (
             "rate": "tests/test_egn.py::test_descent_inequality_on_logistic_regression (derived)",
             "claim": "tests/test_egn.py"
             "::test_beats_tuned_first_order_rules_on_digits_in_fifty_steps",
+        },
+    ),
+    Spec(
+        FAdam,
+        family="second_order",
+        reference="Hwang: FAdam, Adam is a natural gradient optimizer using diagonal empirical "
+        "Fisher information, 2024",
+        example={"lr": 1e-2},
+        state_floats="2",
+        evidence={
+            "oracle": "tests/test_fadam.py::test_matches_the_oracle",
+            "reduction": "tests/test_fadam.py: Adam without momentum, sign descent",
+            "rate": "tests/test_fadam.py::test_steps_are_bounded (derived); no theorem is "
+            "published",
+            "claim": "tests/test_fadam.py::test_on_digits_it_ends_near_adam_without_a_lead_and_"
+            "small_rates_are_slower",
+        },
+    ),
+    Spec(
+        InducedMetric,
+        family="second_order",
+        reference="Harvey: The Optimiser Hidden in Plain Sight, Training with the Loss Landscape's "
+        "Induced Metric, 2025",
+        example={"lr": 0.1, "xi": 1e-3},
+        state_floats="1, 2 for rms",
+        evidence={
+            "oracle": "tests/test_induced_metric.py::test_matches_the_oracle",
+            "reduction": "tests/test_induced_metric.py: SGD and AdamW without the metric",
+            "rate": "tests/test_induced_metric.py: length of a step, descent on a quadratic "
+            "(derived); no theorem is published",
+            "claim": "tests/test_induced_metric.py::test_the_published_numbers_of_steps",
         },
     ),
     Spec(
