@@ -24,7 +24,7 @@ from optimizers.orthogonalized import (
     qk_clip_,
 )
 from optimizers.registry import Spec, get_optimizer, get_spec, list_optimizers
-from optimizers.second_order import EGN, FAdam, InducedMetric
+from optimizers.second_order import EGN, OASIS, AdaHessian, FAdam, InducedMetric
 from optimizers.wrappers import DropLayers, Hyperball, Routed, Rule, classify, muon_with_adamw
 
 __version__ = "0.1.0"
@@ -32,7 +32,9 @@ __version__ = "0.1.0"
 __all__ = [
     "EGN",
     "LANTON",
+    "OASIS",
     "AMSGrad",
+    "AdaHessian",
     "AdaMuon",
     "Counts",
     "CyclicBCD",

@@ -21,7 +21,7 @@ from optimizers.orthogonalized import (
     NorMuon,
     Scion,
 )
-from optimizers.second_order import EGN, FAdam, InducedMetric
+from optimizers.second_order import EGN, OASIS, AdaHessian, FAdam, InducedMetric
 from optimizers.spec import Spec
 from optimizers.wrappers import DropLayers, Hyperball, Routed, muon_with_adamw
 
@@ -243,6 +243,46 @@ ENTRIES: tuple[Spec, ...] = (
             "rate": "tests/test_egn.py::test_descent_inequality_on_logistic_regression (derived)",
             "claim": "tests/test_egn.py"
             "::test_beats_tuned_first_order_rules_on_digits_in_fifty_steps",
+        },
+    ),
+    Spec(
+        OASIS,
+        family="second_order",
+        reference="Jahani et al.: Doubly Adaptive Scaled Algorithm for Machine Learning Using "
+        "Second-Order Information, ICLR 2022",
+        example={"lr": 0.1, "adaptive": False, "alpha": 0.1},
+        state_floats="3 adaptive, 1 or 2 with a rate",
+        evidence={
+            "oracle": "tests/test_hutchinson.py::test_adaptive_oasis_matches_the_oracle",
+            "reduction": "tests/test_hutchinson.py: adaptive gradient descent, SGD with and "
+            "without momentum",
+            "rate": "tests/test_hutchinson.py::test_the_theorem_of_the_adaptive_rate, "
+            "::test_the_linear_rate_of_the_fixed_form (derived)",
+            "claim": "tests/test_hutchinson.py"
+            "::test_on_digits_no_rate_is_given_and_the_gap_is_a_quarter_of_gradient_descents",
+        },
+        exceptions={
+            "parameter_order_is_irrelevant": "a probe is drawn parameter by parameter, in their "
+            "order",
+        },
+    ),
+    Spec(
+        AdaHessian,
+        family="second_order",
+        reference="Yao et al.: AdaHessian, An Adaptive Second Order Optimizer for Machine "
+        "Learning, AAAI 2021",
+        example={"lr": 0.1},
+        state_floats="2",
+        evidence={
+            "oracle": "tests/test_hutchinson.py::test_adahessian_matches_the_oracle",
+            "reduction": "tests/test_hutchinson.py"
+            "::test_adahessian_without_curvature_is_averaged_sgd",
+            "rate": "tests/test_hutchinson.py"
+            "::test_on_separable_functions_the_seed_does_not_matter; no theorem is tested",
+        },
+        exceptions={
+            "parameter_order_is_irrelevant": "a probe is drawn parameter by parameter, in their "
+            "order",
         },
     ),
     Spec(

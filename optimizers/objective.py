@@ -239,6 +239,20 @@ class Objective:
         self.counts.hvp += 1
         return products
 
+    def expand(
+        self, params: Sequence[Tensor], probes: Sequence[Sequence[Tensor]]
+    ) -> tuple[Tensor, list[Tensor | None], list[list[Tensor]]]:
+        """Return the loss, its gradient and the Hessian's products with each probe.
+
+        One forward and one backward pass serve all of them.
+        """
+        with torch.enable_grad():
+            loss = self._forward()
+            grads, products = expansion(loss, params, probes)
+        self.counts.gradient += 1
+        self.counts.hvp += len(probes)
+        return loss.detach(), grads, products
+
     def ggn(self, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
         r"""Return the generalized Gauss-Newton product :math:`J^\top H_{out} J v`.
 
@@ -354,6 +368,36 @@ def gradients(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
         return [None] * len(params)
     found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
     return [next(found) if p.requires_grad else None for p in params]
+
+
+def expansion(
+    loss: Tensor, params: Sequence[Tensor], probes: Sequence[Sequence[Tensor]]
+) -> tuple[list[Tensor | None], list[list[Tensor]]]:
+    """Return the gradient of ``loss`` and the products of its Hessian, by double backward.
+
+    A parameter that takes no part, or is frozen, has the gradient ``None`` and products of zero.
+    """
+    wanted = [p for p in params if p.requires_grad]
+    if not loss.requires_grad or not wanted:
+        return [None] * len(params), [[torch.zeros_like(p) for p in params] for _ in probes]
+    slopes = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
+    curved = [(k, g) for k, g in enumerate(slopes) if g is not None and g.requires_grad]
+    places = [k for k, p in enumerate(params) if p.requires_grad]
+    products = []
+    for probe in probes:
+        found = [torch.zeros_like(p) for p in params]
+        if curved:  # a linear loss has no second derivative
+            vectors = [probe[places[k]] for k, _ in curved]
+            parts = torch.autograd.grad(
+                [g for _, g in curved], wanted, vectors, retain_graph=True, allow_unused=True
+            )
+            for k, part in zip(places, parts, strict=True):
+                found[k] = found[k] if part is None else part.detach()
+        products.append(found)
+    grads: list[Tensor | None] = [None] * len(params)
+    for k, g in zip(places, slopes, strict=True):
+        grads[k] = None if g is None else g.detach()
+    return grads, products
 
 
 def hessian_product(

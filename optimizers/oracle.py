@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizers.objective import Objective, OracleError, gradients, hessian_product
+from optimizers.objective import Objective, OracleError, expansion, gradients, hessian_product
 
 
 class Needs(enum.Enum):
@@ -77,6 +77,12 @@ class Oracle:
 
     def hvp(self, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
         """Return the product of the loss's Hessian with ``vectors``."""
+        raise self._refusal("Hessian products", _LOSS_CLOSURE)
+
+    def expand(
+        self, params: Sequence[Tensor], probes: Sequence[Sequence[Tensor]]
+    ) -> tuple[Tensor, list[Tensor | None], list[list[Tensor]]]:
+        """Return the loss, its gradient and the Hessian's products with each probe, at one pass."""
         raise self._refusal("Hessian products", _LOSS_CLOSURE)
 
     def ggn(self, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -145,6 +151,11 @@ class _FromObjective(Oracle):
 
     def hvp(self, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
         return self._objective.hvp(params, vectors)
+
+    def expand(
+        self, params: Sequence[Tensor], probes: Sequence[Sequence[Tensor]]
+    ) -> tuple[Tensor, list[Tensor | None], list[list[Tensor]]]:
+        return self._objective.expand(params, probes)
 
     def ggn(self, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
         return self._objective.ggn(params, vectors)
@@ -231,12 +242,26 @@ class _FromClosure(Oracle):
         return torch.stack(losses)
 
     def hvp(self, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
+        products: list[Tensor] = self._with_graph(
+            lambda loss: hessian_product(loss, params, vectors)
+        )
+        return products
+
+    def expand(
+        self, params: Sequence[Tensor], probes: Sequence[Sequence[Tensor]]
+    ) -> tuple[Tensor, list[Tensor | None], list[list[Tensor]]]:
+        found: tuple[Tensor, list[Tensor | None], list[list[Tensor]]] = self._with_graph(
+            lambda loss: (loss.detach().reshape(()), *expansion(loss, params, probes))
+        )
+        return found
+
+    def _with_graph(self, use: Callable[[Tensor], Any]) -> Any:
         with torch.enable_grad():
             loss = self._closure()
             if not isinstance(loss, Tensor) or not loss.requires_grad:
                 raise self._refusal("a loss with its graph", _LOSS_CLOSURE)
             try:
-                return hessian_product(loss, params, vectors)
+                return use(loss)
             except RuntimeError as error:
                 if "second time" in str(error):  # the closure called backward()
                     raise self._refusal("a loss with its graph", _LOSS_CLOSURE) from error
