@@ -66,7 +66,8 @@ def refined_solve(
         small = (r / scale).to(factor.dtype).unsqueeze(1)
         half = torch.linalg.solve_triangular(factor, small, upper=False)
         solved = torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(1)
-        return solved.to(r.dtype) * scale
+        found: Tensor = solved.to(r.dtype) * scale
+        return found
 
     x, r = torch.zeros_like(b), b
     direction, last = torch.zeros_like(b), 1.0
