@@ -24,7 +24,19 @@ from optimizers.orthogonalized import (
     qk_clip_,
 )
 from optimizers.registry import Spec, get_optimizer, get_spec, list_optimizers
-from optimizers.second_order import EGN, OASIS, AdaHessian, FAdam, InducedMetric
+from optimizers.second_order import (
+    EGN,
+    MFAC,
+    OASIS,
+    SOAP,
+    AdaHessian,
+    FAdam,
+    InducedMetric,
+    InverseFisher,
+    KLShampoo,
+    Shampoo,
+    SPlus,
+)
 from optimizers.wrappers import DropLayers, Hyperball, Routed, Rule, classify, muon_with_adamw
 
 __version__ = "0.1.0"
@@ -32,7 +44,9 @@ __version__ = "0.1.0"
 __all__ = [
     "EGN",
     "LANTON",
+    "MFAC",
     "OASIS",
+    "SOAP",
     "AMSGrad",
     "AdaHessian",
     "AdaMuon",
@@ -44,6 +58,8 @@ __all__ = [
     "FAdam",
     "Hyperball",
     "InducedMetric",
+    "InverseFisher",
+    "KLShampoo",
     "Muon",
     "Needs",
     "NoiseAdaptiveNorMuon",
@@ -55,8 +71,10 @@ __all__ = [
     "PolyStep",
     "Routed",
     "Rule",
+    "SPlus",
     "Scion",
     "Scope",
+    "Shampoo",
     "Spec",
     "classify",
     "get_optimizer",

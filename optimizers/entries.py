@@ -21,7 +21,18 @@ from optimizers.orthogonalized import (
     NorMuon,
     Scion,
 )
-from optimizers.second_order import EGN, OASIS, AdaHessian, FAdam, InducedMetric
+from optimizers.second_order import (
+    EGN,
+    MFAC,
+    OASIS,
+    SOAP,
+    AdaHessian,
+    FAdam,
+    InducedMetric,
+    KLShampoo,
+    Shampoo,
+    SPlus,
+)
 from optimizers.spec import Spec
 from optimizers.wrappers import DropLayers, Hyperball, Routed, muon_with_adamw
 
@@ -43,6 +54,11 @@ def _hyperball(cls: Any, model: nn.Module, options: Mapping[str, Any]) -> Any:
 def _drop_layers(cls: Any, model: nn.Module, options: Mapping[str, Any]) -> Any:
     return DropLayers(AMSGrad(model.named_parameters(), **options), model.named_parameters())
 
+
+_BASIS = (
+    "the eigenbasis of a factor of few gradients is not unique: rounding chooses it where no "
+    "gradient was"
+)
 
 ENTRIES: tuple[Spec, ...] = (
     Spec(
@@ -243,6 +259,95 @@ ENTRIES: tuple[Spec, ...] = (
             "rate": "tests/test_egn.py::test_descent_inequality_on_logistic_regression (derived)",
             "claim": "tests/test_egn.py"
             "::test_beats_tuned_first_order_rules_on_digits_in_fifty_steps",
+        },
+    ),
+    Spec(
+        MFAC,
+        family="second_order",
+        reference="Frantar, Kurtic, Alistarh: M-FAC, Efficient Matrix-Free Approximations of "
+        "Second-Order Information, NeurIPS 2021",
+        example={"lr": 1e-2, "ngrads": 8, "damp": 0.1},
+        state_floats="ngrads, 1 more with momentum",
+        evidence={
+            "oracle": "tests/test_mfac.py::test_matches_the_oracle",
+            "reduction": "tests/test_mfac.py: normalised gradient, SGD, Sherman-Morrison, the "
+            "dense inverse up to condition 1e12",
+            "rate": "tests/test_mfac.py::test_descends_by_the_inequality_on_a_quadratic (derived)",
+            "claim": "tests/test_mfac.py::test_ends_below_tuned_sgd_on_digits",
+        },
+        exceptions={
+            "late_parameter_starts_afresh": "all parameters share one window of gradients",
+            "nan_gradient_stays_local": "it would stay in the window for ngrads steps: refused, "
+            "and nothing changes",
+        },
+    ),
+    Spec(
+        SOAP,
+        family="second_order",
+        reference="Vyas et al.: SOAP, Improving and Stabilizing Shampoo using Adam, 2024",
+        example={"lr": 1e-2},
+        state_floats="2, and 2 (A^2 + B^2) a matrix",
+        evidence={
+            "oracle": "tests/test_soap.py::test_matches_the_oracle",
+            "reduction": "tests/test_soap.py: AdamW in the identity basis",
+            "rate": "tests/test_soap.py::test_it_whitens, "
+            "::test_rotated_gradients_rotate_the_step; no theorem is published",
+        },
+        exceptions={
+            "float32_agrees_with_float64": _BASIS,
+            "two_ranks_equal_one_process": _BASIS,
+        },
+    ),
+    Spec(
+        Shampoo,
+        family="second_order",
+        reference="Gupta, Koren, Singer: Shampoo, Preconditioned Stochastic Tensor Optimization, "
+        "ICML 2018; Shi et al.: Distributed Shampoo, 2023",
+        example={"lr": 1e-2},
+        state_floats="1, and 2 (A^2 + B^2) a matrix; 1 more for grafting",
+        evidence={
+            "oracle": "tests/test_shampoo.py::test_matches_the_oracle",
+            "reduction": "tests/test_shampoo.py: full-matrix AdaGrad, the polar factor, the "
+            "grafted rule before the start",
+            "rate": "tests/test_shampoo.py::test_regret_bound",
+        },
+        exceptions={
+            "float32_agrees_with_float64": "the inverse root of a factor of few gradients "
+            "magnifies rounding where no gradient was, by eps to the power -1/4",
+        },
+    ),
+    Spec(
+        KLShampoo,
+        family="second_order",
+        reference="Lin et al.: Understanding and Improving Shampoo and SOAP via Kullback-Leibler "
+        "Minimization, ICLR 2026",
+        example={"lr": 1e-2},
+        state_floats="1, and 2 (A^2 + B^2) a matrix",
+        evidence={
+            "oracle": "tests/test_kl_shampoo.py::test_matches_the_oracle",
+            "reduction": "tests/test_kl_shampoo.py: a second moment for each entry of a vector, "
+            "the identity under isotropic noise",
+            "rate": "tests/test_kl_shampoo.py::test_it_whitens; no theorem is published",
+        },
+        exceptions={
+            "two_ranks_equal_one_process": _BASIS,
+        },
+    ),
+    Spec(
+        SPlus,
+        family="second_order",
+        reference="Frans, Levine, Abbeel: A Stable Whitening Optimizer for Efficient Neural "
+        "Network Training, 2025",
+        example={"lr": 0.1},
+        state_floats="2, and 2 (A^2 + B^2) a matrix",
+        evidence={
+            "oracle": "tests/test_splus.py::test_matches_the_oracle",
+            "reduction": "tests/test_splus.py: the sign of the momentum in the identity basis",
+            "rate": "tests/test_splus.py::test_it_whitens; no theorem is published",
+        },
+        exceptions={
+            "float32_agrees_with_float64": _BASIS,
+            "two_ranks_equal_one_process": _BASIS,
         },
     ),
     Spec(
