@@ -186,6 +186,21 @@ def test_zero_gradients_take_a_slot_and_move_nothing():
     torch.testing.assert_close(s, 3 * g / (0.3 + g @ g), rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("size", [1e-6, 1e-15, 1e-20, 1e-30, 1e-38])
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_gradients_whose_squares_vanish_in_single_precision(name, size):
+    rows = torch.tensor(np.array(stream([(20,)], 5))[:, 0])
+    p = nn.Parameter(torch.zeros(20))
+    optimizer = MFAC([p], 1.0, ngrads=4, damp=1e-3, window_dtype=name)
+    for g in (*rows[:4], size * rows[4]):
+        s = direction(optimizer, p, g)
+    G = window(optimizer, p)
+    expected = torch.linalg.solve(torch.eye(20, dtype=D) / 1e3 + G.T @ G / 4, G[0])
+    # Condition number |g|^2 / damp = 2e4; the smallest float32 numbers have fewer digits.
+    assert (s - expected).norm() <= (2e4 * EPS[name] + 1e-42 / size) * expected.norm()
+    assert optimizer.param_groups[0]["raised"] == 0
+
+
 # ------------------------------------------------------------------ conditioning and bounds
 
 

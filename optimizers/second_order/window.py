@@ -293,12 +293,14 @@ def newest_column(
         reads = (info.to(c), c[slot], row[slot], norms.dot(c.abs()), row.dot(c))
         broken, own, square, size, expected = torch.stack(reads).tolist()
         size = math.sqrt(square) * (size + math.sqrt(square) * abs(own))
-        found, enough = Column(c, own, raised), expected / 8
+        # Single precision loses squares below 1e-38, which are nothing beside the damping.
+        found, enough = Column(c, own, raised), expected / 8 + 1e-36 * abs(own)
         solved = broken == 0 and abs(1 - shift * own - expected) <= enough + 1e-12
         if solved and (gamma * size <= enough or abs(slope(found) - expected) <= enough):
             return found, kept
         trace = float(norms.square().sum()) + square
-        raised = 16 * raised + (gamma / _ROUNDINGS * 8 + m * torch.finfo(K.dtype).eps) * trace / m
+        least = (gamma / _ROUNDINGS * 8 + m * torch.finfo(K.dtype).eps) * trace / m
+        raised = 16 * raised + max(least, damp)
         if not math.isfinite(raised):
             raise OracleError(
                 "the squared norms of the gradients in the window overflow; nothing has been "
