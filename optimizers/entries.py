@@ -55,11 +55,6 @@ def _drop_layers(cls: Any, model: nn.Module, options: Mapping[str, Any]) -> Any:
     return DropLayers(AMSGrad(model.named_parameters(), **options), model.named_parameters())
 
 
-_BASIS = (
-    "the eigenbasis of a factor of few gradients is not unique: rounding chooses it where no "
-    "gradient was"
-)
-
 ENTRIES: tuple[Spec, ...] = (
     Spec(
         AMSGrad,
@@ -293,10 +288,6 @@ ENTRIES: tuple[Spec, ...] = (
             "rate": "tests/test_soap.py::test_it_whitens, "
             "::test_rotated_gradients_rotate_the_step; no theorem is published",
         },
-        exceptions={
-            "float32_agrees_with_float64": _BASIS,
-            "two_ranks_equal_one_process": _BASIS,
-        },
     ),
     Spec(
         Shampoo,
@@ -310,10 +301,6 @@ ENTRIES: tuple[Spec, ...] = (
             "reduction": "tests/test_shampoo.py: full-matrix AdaGrad, the polar factor, the "
             "grafted rule before the start",
             "rate": "tests/test_shampoo.py::test_regret_bound",
-        },
-        exceptions={
-            "float32_agrees_with_float64": "the inverse root of a factor of few gradients "
-            "magnifies rounding where no gradient was, by eps to the power -1/4",
         },
     ),
     Spec(
@@ -329,9 +316,6 @@ ENTRIES: tuple[Spec, ...] = (
             "the identity under isotropic noise",
             "rate": "tests/test_kl_shampoo.py::test_it_whitens; no theorem is published",
         },
-        exceptions={
-            "two_ranks_equal_one_process": _BASIS,
-        },
     ),
     Spec(
         SPlus,
@@ -344,10 +328,6 @@ ENTRIES: tuple[Spec, ...] = (
             "oracle": "tests/test_splus.py::test_matches_the_oracle",
             "reduction": "tests/test_splus.py: the sign of the momentum in the identity basis",
             "rate": "tests/test_splus.py::test_it_whitens; no theorem is published",
-        },
-        exceptions={
-            "float32_agrees_with_float64": _BASIS,
-            "two_ranks_equal_one_process": _BASIS,
         },
     ),
     Spec(

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 
 import numpy as np
@@ -164,6 +165,43 @@ def test_power_steps_converge_to_the_eigenbasis():
     assert errors[25] / errors[15] < 2.0**-9
 
 
+def low_rank(n, rank, dtype=D):
+    """Return a positive semidefinite matrix and its square root."""
+    root = random(n, rank, seed=n)
+    return (root @ root.T).to(dtype).unsqueeze(0), root
+
+
+@pytest.mark.parametrize(("n", "rank"), [(2, 1), (6, 1), (6, 4), (40, 7), (300, 20)])
+def test_the_basis_of_a_null_space_is_not_made_of_rounding(n, rank):
+    A, _ = low_rank(n, rank)
+    Q = linalg.eigenbasis(A)
+    torch.testing.assert_close(Q.mT @ Q, torch.eye(n, dtype=D).unsqueeze(0))
+    diagonal = Q.mT @ A @ Q
+    size = float(diagonal.max())
+    torch.testing.assert_close(
+        diagonal, torch.diag_embed(diagonal.diagonal(dim1=1, dim2=2)), rtol=0, atol=1e-14 * n * size
+    )
+    noise = random(n, n, seed=1) + random(n, n, seed=1).T
+    noise *= EPS[D] * size / torch.linalg.matrix_norm(noise, 2)
+    # Errors of the null space, over its gap and the least singular value of the fixed matrix in it.
+    others = {"rounding": (A + noise, 1e-12 * n), "float32": (A.float(), 1e-4 * n)}
+    for name, (other, bound) in others.items():
+        overlap = (Q.mT @ linalg.eigenbasis(other).to(D))[0].abs()
+        assert float((overlap - torch.eye(n, dtype=D)).abs().max()) < bound, name
+
+
+def test_the_basis_of_a_zero_matrix_is_the_identity_whatever_is_beside_it():
+    full, _ = spectrum(torch.tensor([4.0, 3, 2, 1], dtype=D))
+    A = torch.cat([torch.zeros_like(full), low_rank(4, 2)[0], full, math.nan * full])
+    Q = linalg.eigenbasis(A)
+    assert torch.equal(Q[0], torch.eye(4, dtype=D))
+    for k in (1, 2):
+        alone = linalg.eigenbasis(A[k : k + 1])[0]
+        overlap = (alone.T @ Q[k]).abs()
+        torch.testing.assert_close(overlap, torch.eye(4, dtype=D), rtol=0, atol=1e-12)
+    assert Q[3].isnan().all()
+
+
 def test_permutation_of_one_side():
     X = random(2, 3, 4)
     order = torch.tensor([[2, 0, 1], [1, 2, 0]])
@@ -288,6 +326,18 @@ def test_batches_equal_the_loop(monkeypatch, rule, options, limit):
             assert relative(a, b) < 1e-12  # twenty steps of a few roundings
 
 
+@given(sizes=st.lists(st.integers(1, 9), max_size=12), limit=st.integers(1, 20))
+def test_parts_of_a_batch_stay_below_the_limit(sizes, limit):
+    numbers = list(range(len(sizes)))
+    parts = list(core._chunks(numbers, sizes, limit))
+    assert [i for part in parts for i in part] == numbers
+    for part in parts:
+        assert part
+        assert len(part) == 1 or sum(sizes[i] for i in part) <= limit
+    for left, right in itertools.pairwise(parts):
+        assert sum(sizes[i] for i in left) + sizes[right[0]] > limit  # none too small
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_parameters_of_other_ages_have_other_batches(rule):
     """A parameter that joins late is a new one, beside an old one of its shape."""
@@ -372,6 +422,23 @@ def test_resume_between_refreshes_is_exact(rule, stagger, after):
     ends = [train(o, ps, steps[after:])[-1] for o, ps in runs]
     for end in ends[1:]:
         assert all(torch.equal(a, b) for a, b in zip(ends[0], end, strict=True))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_single_precision_follows_double_precision(rule):
+    """Also while the factors of wide and of tall matrices lack full rank."""
+    shapes = [(8, 2), (2, 8), (4, 4)]
+    starts, grads = shared.streams(shapes, 0, 15)
+    moves = []
+    for dtype in (D, torch.float32):
+        params = [nn.Parameter(torch.tensor(w).to(dtype)) for w in starts]
+        # At the first refresh there were gradients enough.
+        optimizer = RULES[rule](params, precondition_frequency=5)
+        end = train(optimizer, params, zip(*grads, strict=True))[-1]
+        moves.append([p.to(D) - torch.tensor(w) for p, w in zip(end, starts, strict=True)])
+    for a, b in zip(*moves, strict=True):
+        # 2^-23 over relative gaps of eigenvalues and entries of rotated gradients, 1e-3 and more.
+        assert float((a - b).norm() / a.norm()) < 1e-3
 
 
 @pytest.mark.parametrize("rule", RULES)

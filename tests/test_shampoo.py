@@ -139,6 +139,18 @@ def test_before_the_start_without_grafting_it_is_momentum():
     assert relative(p.detach(), w) < 1e-14
 
 
+def test_rounding_of_a_null_space_is_not_magnified():
+    """With the default eps the root of the rounding of float32 would be as large as the step."""
+    start, grads = matrices((12,), 0, 1)[0], matrices((12,), 1, 6)
+    moves = []
+    for dtype in (D, torch.float32):
+        p = torch.nn.Parameter(torch.tensor(start).to(dtype))
+        train(Shampoo([p]), [p], [[g] for g in grads])
+        moves.append(p.detach().to(D) - torch.tensor(start))
+    # 2^-23 over its own root.
+    assert float((moves[0] - moves[1]).norm() / moves[0].norm()) < 2e-3
+
+
 # ------------------------------------------------------------------ blocks and grafting
 
 

@@ -187,8 +187,30 @@ def _stubborn(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eigenbasis(A: Tensor) -> Tensor:
-    """Return the eigenvectors, those of the largest eigenvalues first; see :func:`eigh`."""
-    return eigh(A)[1].flip(-1)
+    """Return the eigenvectors, those of the largest eigenvalues first.
+
+    Never raises, see :func:`eigh`. A factor of few gradients has a null space, of which every basis
+    is one of eigenvectors; LAPACK's is made of rounding. Here it is a function of the null space
+    alone (a fixed matrix, projected and orthogonalized), so that precisions, machines and ranks
+    agree. A zero matrix has the identity.
+
+    Args:
+        A: Symmetric, positive semidefinite but for rounding, ``(count, n, n)``.
+    """
+    values, Q = eigh(A)
+    values, Q = values.flip(-1), Q.flip(-1)
+    n = A.shape[-1]
+    # The rounding of a zero eigenvalue was found to be up to 2.5 eps, for sides up to 784.
+    null = (values <= 8 * torch.finfo(A.dtype).eps * values[:, :1]).unsqueeze(-2)
+    if A.is_cpu and not bool(null.any()):
+        return Q
+    number = torch.arange(1, n + 1, dtype=torch.float64, device=A.device)
+    fixed = torch.cos(math.sqrt(2) * torch.outer(number, number)).to(A.dtype)
+    N = Q * null
+    projected = torch.bmm(N, torch.bmm(N.mT, fixed.expand_as(Q)))
+    Q = orthogonal(torch.where(null, projected, Q))
+    zero = (values[:, :1] == 0).unsqueeze(-1)
+    return torch.where(zero, torch.eye(n, dtype=A.dtype, device=A.device), Q)
 
 
 def power_step(A: Tensor, Q: Tensor, *, reorder: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -213,8 +235,14 @@ def power_step(A: Tensor, Q: Tensor, *, reorder: bool = True) -> tuple[Tensor, T
             order = None
         else:
             X = X.gather(-1, order.unsqueeze(-2).expand_as(X))
-    # qr would copy R as well.
-    return torch.linalg.householder_product(*torch.geqrf(X)), order
+    return orthogonal(X), order
+
+
+def orthogonal(X: Tensor) -> Tensor:
+    """Return Q of the QR decomposition of square matrices ``(count, n, n)``."""
+    # torch.linalg.qr would copy R as well.
+    Q: Tensor = torch.linalg.householder_product(*torch.geqrf(X))
+    return Q
 
 
 def permute_side_(X: Tensor, order: Tensor, side: int) -> None:
@@ -225,7 +253,10 @@ def permute_side_(X: Tensor, order: Tensor, side: int) -> None:
 
 
 def inverse_root(A: Tensor, exponent: float, eps: float, weight: float = 1.0) -> Tensor:
-    r"""Return :math:`(A / w - \min(\lambda_{min}, 0) I + \epsilon I)^{e}`.
+    r"""Return :math:`(A / w - \min(\lambda_{min}, 0) I + \delta I)^{e}`.
+
+    :math:`\delta = \max(\epsilon, u \lambda_{max})`, with the machine precision u: below that
+    eigenvalues are rounding, and their roots would magnify it.
 
     Args:
         A: Symmetric, positive semidefinite but for rounding, ``(count, n, n)``.
@@ -235,7 +266,8 @@ def inverse_root(A: Tensor, exponent: float, eps: float, weight: float = 1.0) ->
     """
     values, Q = eigh(A)
     values = values / weight
-    values = values - values[:, :1].clamp(max=0) + eps
+    values = values - values[:, :1].clamp(max=0)
+    values = values + (torch.finfo(A.dtype).eps * values[:, -1:]).clamp(min=eps)
     # As a Gram matrix: symmetric, and on a CPU half of the products.
     root = torch.empty_like(Q)
     accumulate_(root, Q * values.pow(exponent / 2).unsqueeze(-2), 0, 0.0, 1.0)

@@ -103,7 +103,9 @@ class KLShampoo(Optimizer):
         does not reorder columns, d keeps its floor, the first S takes the identity for the other
         side. Departures: arithmetic in the parameter's precision (at least float32), where the
         authors' is bfloat16; vectors are taken; kernels are flattened and stacks are matrices of
-        their own (``tensor=True`` is the authors' way); m stays in the bases between refreshes.
+        their own (``tensor=True`` is the authors' way, where with three sides their S and d of the
+        first side see the new d of the second); m stays in the bases between refreshes; the first
+        basis of a null space is a fixed one, as in :class:`SOAP`.
     """
 
     scope = Scope.MATRIX

@@ -69,7 +69,8 @@ class Shampoo(Optimizer):
         params: Parameters of any shape.
         lr: Learning rate :math:`\eta`, in [0, inf).
         betas: :math:`\beta_1` in [0, 1) and :math:`\beta_2` in (0, 1].
-        eps: :math:`\epsilon`, in (0, inf).
+        eps: :math:`\epsilon`, in (0, inf); at least the machine precision times
+            :math:`\lambda_{max}` is added.
         weight_decay: Decoupled, :math:`\lambda` in [0, inf).
         precondition_frequency: f, at least 1.
         start_preconditioning_step: ``start``, at least 1; ``None`` takes f.
@@ -107,7 +108,8 @@ class Shampoo(Optimizer):
         algorithms 1 and 2; Shi et al., "A Distributed Data-Parallel PyTorch Implementation of the
         Distributed Shampoo Optimizer", 2023, for momentum, grafting, blocks and defaults.
         Departures: kernels are flattened and stacks are matrices of their own, where the package
-        merges small dimensions (``tensor=True`` is the paper's way).
+        merges small dimensions (``tensor=True`` is the paper's way); eigenvalues below rounding are
+        raised to it.
     """
 
     scope = Scope.MATRIX

@@ -109,7 +109,8 @@ class SOAP(Optimizer):
         Stabilizing Shampoo using Adam", ICLR 2025, algorithm 3, with the order of operations of the
         authors' code. Departures: kernels are flattened and stacks are matrices of their own
         (``tensor=True`` is the authors' way); m stays in the bases between refreshes, where the
-        authors rotate it back and forth at every step.
+        authors rotate it back and forth at every step; while a factor has a null space, its first
+        basis there is a fixed one and not LAPACK's, which is made of rounding.
     """
 
     scope = Scope.MATRIX

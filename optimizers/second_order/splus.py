@@ -87,7 +87,8 @@ class SPlus(Optimizer):
         two-dimensional parameters alone for matrices and everything else for vectors, here
         kernels are flattened and stacks are matrices of their own; their ``train()`` and ``eval()``
         are :meth:`eval_params`; their ``eps``, added to the diagonals of L and R before these are
-        decomposed, has no effect on eigenvectors and is left out.
+        decomposed, has no effect on eigenvectors and is left out; the basis of a null space is a
+        fixed one, as in :class:`SOAP`.
     """
 
     scope = Scope.MATRIX
