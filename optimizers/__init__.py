@@ -31,11 +31,13 @@ from optimizers.second_order import (
     SOAP,
     AdaHessian,
     FAdam,
+    IFTHypergradient,
     InducedMetric,
     InverseFisher,
     KLShampoo,
     Shampoo,
     SPlus,
+    hypergradient,
 )
 from optimizers.wrappers import DropLayers, Hyperball, Routed, Rule, classify, muon_with_adamw
 
@@ -57,6 +59,7 @@ __all__ = [
     "DropMuon",
     "FAdam",
     "Hyperball",
+    "IFTHypergradient",
     "InducedMetric",
     "InverseFisher",
     "KLShampoo",
@@ -79,6 +82,7 @@ __all__ = [
     "classify",
     "get_optimizer",
     "get_spec",
+    "hypergradient",
     "list_optimizers",
     "muon_with_adamw",
     "qk_clip_",

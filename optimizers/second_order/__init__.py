@@ -3,6 +3,7 @@
 from optimizers.second_order.adahessian import AdaHessian
 from optimizers.second_order.egn import EGN
 from optimizers.second_order.fadam import FAdam
+from optimizers.second_order.implicit import IFTHypergradient, hypergradient
 from optimizers.second_order.induced_metric import InducedMetric
 from optimizers.second_order.inverse_fisher import InverseFisher
 from optimizers.second_order.kl_shampoo import KLShampoo
@@ -19,9 +20,11 @@ __all__ = [
     "SOAP",
     "AdaHessian",
     "FAdam",
+    "IFTHypergradient",
     "InducedMetric",
     "InverseFisher",
     "KLShampoo",
     "SPlus",
     "Shampoo",
+    "hypergradient",
 ]
