@@ -39,7 +39,15 @@ from optimizers.second_order import (
     SPlus,
     hypergradient,
 )
-from optimizers.wrappers import DropLayers, Hyperball, Routed, Rule, classify, muon_with_adamw
+from optimizers.wrappers import (
+    DropLayers,
+    Hyperball,
+    InducedMetricOn,
+    Routed,
+    Rule,
+    classify,
+    muon_with_adamw,
+)
 
 __version__ = "0.1.0"
 
@@ -61,6 +69,7 @@ __all__ = [
     "Hyperball",
     "IFTHypergradient",
     "InducedMetric",
+    "InducedMetricOn",
     "InverseFisher",
     "KLShampoo",
     "Muon",

@@ -34,7 +34,7 @@ from optimizers.second_order import (
     SPlus,
 )
 from optimizers.spec import Spec
-from optimizers.wrappers import DropLayers, Hyperball, Routed, muon_with_adamw
+from optimizers.wrappers import DropLayers, Hyperball, InducedMetricOn, Routed, muon_with_adamw
 
 
 def _routed(cls: Any, model: nn.Module, options: Mapping[str, Any]) -> Any:
@@ -49,6 +49,11 @@ def _routed_muon(cls: Any, model: nn.Module, options: Mapping[str, Any]) -> Any:
 def _hyperball(cls: Any, model: nn.Module, options: Mapping[str, Any]) -> Any:
     """AdamH: matrices of the model on their spheres, vectors by Adam."""
     return Hyperball(torch.optim.Adam(model.named_parameters(), **options))
+
+
+def _induced_metric_on(cls: Any, model: nn.Module, options: Mapping[str, Any]) -> Any:
+    """Adam's direction, shortened by the metric."""
+    return InducedMetricOn(torch.optim.Adam(model.named_parameters(), **options), xi=1e-5)
 
 
 def _drop_layers(cls: Any, model: nn.Module, options: Mapping[str, Any]) -> Any:
@@ -436,6 +441,22 @@ ENTRIES: tuple[Spec, ...] = (
             "claim": "tests/test_muon_family.py::test_a_hyperball_needs_a_good_radius",
         },
         builder=_hyperball,
+    ),
+    Spec(
+        InducedMetricOn,
+        family="second_order",
+        kind="wrapper",
+        reference="Harvey: The Optimiser Hidden in Plain Sight, Training with the Loss Landscape's "
+        "Induced Metric, 2025",
+        example={"lr": 1e-2},
+        state_floats="the inner rule's",
+        evidence={
+            "oracle": "tests/test_induced_metric_on.py::test_matches_the_oracle",
+            "reduction": "tests/test_induced_metric_on.py: InducedMetric base and rms, the inner "
+            "rule without the metric",
+            "rate": "tests/test_induced_metric_on.py::test_length_of_a_step (derived)",
+        },
+        builder=_induced_metric_on,
     ),
     Spec(
         DropLayers,
