@@ -356,7 +356,8 @@ def test_columns_are_worked_off_in_parts(monkeypatch) -> None:
     whole = _rows(Opaque(model), "cross_entropy", x, y)
     directions, gram = whole.solve(0.1), whole.gram()
     pushed = whole.push(directions)
-    monkeypatch.setattr("optimizers.second_order.rows._CHUNK", 100)
+    for module in ("rows", "terms"):
+        monkeypatch.setattr(f"optimizers.second_order.{module}.CHUNK", 100)
     parts = _rows(Opaque(model), "cross_entropy", x, y)
     torch.testing.assert_close(parts.gram(), gram, rtol=1e-13, atol=1e-14)
     torch.testing.assert_close(parts.push(directions), pushed)

@@ -9,8 +9,9 @@ from torch.nn import functional
 
 from optimizers import EGN, Objective
 from optimizers.curvature import LossForm, output_model
-from optimizers.second_order import jacobian
+from optimizers.second_order import jacobian, normal
 from optimizers.second_order.jacobian import batch_rows
+from optimizers.second_order.normal import Piece, normal_matrix
 from optimizers.second_order.rows import DenseRows, LayeredRows
 from tests.test_egn import Opaque
 
@@ -106,21 +107,21 @@ def seeded(model, seed):
 
 
 @torch.no_grad()
-def compare(model, inputs, seed, loss="cross_entropy", expected=LayeredRows, frozen=()):
+def compare(model, inputs, seed, loss="cross_entropy", expected=LayeredRows, frozen=(), batch=B):
     model = seeded(model, seed)
     generator = torch.Generator().manual_seed(seed + 1)
-    x = torch.randn(B, inputs, generator=generator, dtype=D)
+    x = torch.randn(batch, inputs, generator=generator, dtype=D)
     c = model(x).shape[1]
-    y = torch.randint(0, c, (B,), generator=generator)
+    y = torch.randint(0, c, (batch,), generator=generator)
     if loss != "cross_entropy":
-        y = torch.randn(B, c, generator=generator, dtype=D)
+        y = torch.randn(batch, c, generator=generator, dtype=D)
     fn = functional.cross_entropy if loss == "cross_entropy" else functional.mse_loss
     found = []
     for net in (model, Opaque(model)):
         objective = Objective(net, fn).on(x, y)
         params = [p for i, p in enumerate(model.parameters()) if i not in frozen]
         f = output_model(LossForm(loss), objective.outputs(), y, "EGN")
-        rows = batch_rows(objective, params, f, batch=B, chunk=None, rule="EGN")
+        rows = batch_rows(objective, params, f, batch=batch, chunk=None, rule="EGN")
         assert isinstance(rows, (expected, DenseRows)[len(found) :][0])
         found.append((rows, rows.gram(), rows.solve(0.3)))
     (rows, K, direction), (dense, K_dense, expected_direction) = found
@@ -172,6 +173,56 @@ def test_convolutional_networks(
 def test_networks(build, inputs, loss):
     for seed in range(5):
         compare(build(), inputs, seed, loss)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize(
+    ("build", "inputs", "batch"),
+    [
+        (lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), 5, 40),
+        (lambda: nn.Sequential(nn.Linear(5, 4, bias=False), nn.ELU(), nn.Linear(4, 3)), 5, 40),
+        (conv1d, 12, 60),
+        (Tied, 5, 60),
+        (Attention, 12, 70),
+        (lambda: Words(1), 3, 40),
+    ],
+)
+def test_more_rows_than_parameters(build, inputs, batch, loss):
+    """The smaller system is the normal one, and comes from the same layers."""
+    for seed in range(3):
+        model = build()
+        assert sum(p.numel() for p in model.parameters()) < 2 * batch  # reflected: two rows each
+        compare(model, inputs, seed, loss, batch=batch)
+    compare(build(), inputs, 0, loss, frozen=(1,), batch=batch)
+
+
+@given(
+    widths=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 6)), min_size=1, max_size=4),
+    samples=st.integers(1, 80),
+    outputs=st.integers(1, 4),
+    seed=st.integers(0, 99),
+    order=st.randoms(use_true_random=False),
+)
+def test_the_normal_matrix_is_that_of_the_rows(widths, samples, outputs, seed, order):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=D)
+
+    pieces, rows = [], []
+    for k, (h, p) in enumerate(widths):  # no inputs: the slopes are the rows
+        pieces.append(Piece(k, draw(samples, outputs, h), draw(samples, p) if p else None))
+        B, a = pieces[-1].slopes, pieces[-1].inputs
+        rows.append((B if a is None else torch.einsum("ich,ip->ichp", B, a)).reshape(
+            samples * outputs, -1))  # fmt: skip
+    V = torch.cat(rows, 1)
+    order.shuffle(pieces)
+    for room in (1 << 23, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(normal, "_ROOM", room)  # and 32 samples at once
+            found = normal_matrix(pieces, [r.shape[1] for r in rows], D)
+        expected = (V.T @ V).tril()
+        torch.testing.assert_close(found.tril(), expected, rtol=1e-13, atol=1e-12)
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1, 2), (3,)])

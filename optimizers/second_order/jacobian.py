@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from optimizers.curvature import LossForm, OutputModel
 from optimizers.objective import Objective, OracleError
 from optimizers.second_order.layers import columns_of, is_altered, observe, watched
-from optimizers.second_order.rows import DenseRows, Layer, LayeredRows, Rows, Shared
+from optimizers.second_order.rows import DenseRows, LayeredRows, Rows
+from optimizers.second_order.terms import Layer, Shared
 
 
 def batch_rows(
@@ -44,11 +45,10 @@ def batch_rows(
         OracleError: If the model is no deterministic function of one sample.
     """
     objective.names(params)  # refuses parameters of another model
-    if sum(p.numel() for p in params) >= model.q.numel():
-        rows = _layered_rows(objective, params, model, rule)
-        rows = rows or _observed_rows(objective, params, model, batch, rule)
-        if rows is not None:
-            return rows
+    rows = _layered_rows(objective, params, model, rule)
+    rows = rows or _observed_rows(objective, params, model, batch, rule)
+    if rows is not None:
+        return rows
     return _dense_rows(objective, params, model, batch, chunk, rule)
 
 

@@ -3,8 +3,7 @@ r"""The rows :math:`V = L^\top J` of a batch: their Gram matrix, products and da
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +11,8 @@ from torch import Tensor
 from optimizers.curvature import OutputModel
 from optimizers.linalg.damped import damped_solve_, refined_solve
 from optimizers.objective import OracleError
-from optimizers.second_order.layers import Columns
+from optimizers.second_order.normal import normal_matrix
+from optimizers.second_order.terms import CHUNK, Factored, Formed, Layer, Shared, Term
 
 
 class Rows(ABC):
@@ -66,9 +66,6 @@ def finite(tensor: Tensor, what: str) -> Tensor:
     return tensor
 
 
-_CHUNK = 1 << 22  # elements that are converted to the working dtype at once
-
-
 class DenseRows(Rows):
     """Rows held in memory, one block ``(terms, c, numel)`` for each parameter."""
 
@@ -85,7 +82,7 @@ class DenseRows(Rows):
 
     def _columns(self, block: Tensor) -> Sequence[Tensor]:
         """Cut the last dimension into parts that stay small in the working dtype."""
-        return torch.split(block, max(1, _CHUNK // self._rows), dim=-1)
+        return torch.split(block, max(1, CHUNK // self._rows), dim=-1)
 
     def solve(self, damping: float) -> list[Tensor]:
         r"""Return the direction; with fewer columns than rows, from :math:`V^\top V`."""
@@ -126,150 +123,6 @@ class DenseRows(Rows):
                 total += columns.to(self._dtype) @ flat[start:stop]
                 start = stop
         return total.view_as(self._model.q)
-
-
-class Layer(NamedTuple):
-    """A linear layer: its inputs ``(b, in)``, slopes ``(b, c, out)``, and whose they are."""
-
-    inputs: Tensor
-    slopes: Tensor
-    weight: int | None  # positions among the parameters; None where not asked for
-    bias: int | None
-
-
-class Shared(NamedTuple):
-    """A layer whose parameters act at several places: its slopes, and what they are in columns."""
-
-    slopes: Tensor  # (b, c, *outputs)
-    columns: Columns
-
-
-class Term(ABC):
-    """The rows in some of the columns."""
-
-    @abstractmethod
-    def add_to_strip_(self, strip: Tensor, begin: int) -> None:
-        """Add products of the samples from ``begin`` on with those up to the strip's end.
-
-        Args:
-            strip: ``(samples, c, end, c)``.
-            begin: The first sample of the strip.
-        """
-
-    @abstractmethod
-    def pull(self, u: Tensor) -> dict[int, Tensor]:
-        r"""Return :math:`V^\top u` for each of its parameters, flat or shaped."""
-
-    @abstractmethod
-    def push(self, vectors: Sequence[Tensor]) -> Tensor:
-        """Return ``V`` times the vectors of its parameters."""
-
-    @abstractmethod
-    def apply(self, u: Tensor) -> Tensor:
-        """Return its part of the Gram matrix times ``(b, c)``."""
-
-    @abstractmethod
-    def total(self) -> Tensor:
-        """Return a number that is finite if all rows are."""
-
-
-class Factored(Term):
-    """A linear layer by its factors: rows that are outer products are never formed."""
-
-    def __init__(self, layer: Layer, dtype: torch.dtype, coarse: torch.dtype) -> None:
-        self._a, self._B = layer.inputs.to(dtype), layer.slopes
-        self._weight, self._bias, self._coarse = layer.weight, layer.bias, coarse
-        b = len(self._a)
-        inner = self._a @ self._a.mT if layer.weight is not None else self._a.new_zeros(b, b)
-        self._inner = inner if layer.bias is None else inner + 1
-        self._rounded: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-
-    def add_to_strip_(self, strip: Tensor, begin: int) -> None:
-        """See :class:`Term`."""
-        dtype = strip.dtype
-        if dtype not in self._rounded:
-            self._rounded[dtype] = self._B.flatten(0, 1).to(dtype), self._inner.to(dtype)
-        flat, inner = self._rounded[dtype]
-        length, c, end, _ = strip.shape
-        part = flat[begin * c : (begin + length) * c] @ flat[: end * c].mT
-        strip.addcmul_(part.view(strip.shape), inner[begin : begin + length, None, :end, None])
-
-    def pull(self, u: Tensor) -> dict[int, Tensor]:
-        """See :class:`Term`."""
-        summed, found = torch.einsum("nco,nc->no", self._B, u), {}
-        if self._weight is not None:
-            found[self._weight] = _matmul(summed.mT, self._a, self._coarse)
-        if self._bias is not None:
-            found[self._bias] = summed.sum(0)
-        return found
-
-    def push(self, vectors: Sequence[Tensor]) -> Tensor:
-        """See :class:`Term`."""
-        h = torch.zeros_like(self._B[:, 0])
-        if self._weight is not None:
-            h = self._a @ vectors[self._weight].to(h.dtype).mT
-        if self._bias is not None:
-            h = h + vectors[self._bias].to(h.dtype)
-        return torch.einsum("nco,no->nc", self._B, h)
-
-    def apply(self, u: Tensor) -> Tensor:
-        """See :class:`Term`."""
-        h = self._inner @ torch.einsum("nco,nc->no", self._B, u)
-        return torch.einsum("nco,no->nc", self._B, h)
-
-    def total(self) -> Tensor:
-        """See :class:`Term`."""
-        return self._B.sum() + self._inner.sum()
-
-
-class Formed(Term):
-    """The rows of one parameter as they are, ``(b, c, numel)``, in their own precision."""
-
-    def __init__(self, position: int, rows: Tensor, dtype: torch.dtype) -> None:
-        self._position, self._rows, self._dtype = position, rows, dtype
-
-    def add_to_strip_(self, strip: Tensor, begin: int) -> None:
-        """See :class:`Term`."""
-        length, _, end, _ = strip.shape
-        flat = strip.view(length * strip.shape[1], -1) if strip.is_contiguous() else None
-        for columns in self._parts():
-            upper = columns[begin : begin + length].flatten(0, 1).to(strip.dtype)
-            product = upper @ columns[:end].flatten(0, 1).to(strip.dtype).mT
-            if flat is not None:
-                flat.add_(product)
-            else:
-                strip.add_(product.view(strip.shape))
-
-    def _parts(self) -> Sequence[Tensor]:
-        """Cut the columns into parts that stay small in the working dtype."""
-        b, c, _ = self._rows.shape
-        return torch.split(self._rows, max(1, _CHUNK // (b * c)), dim=-1)
-
-    def pull(self, u: Tensor) -> dict[int, Tensor]:
-        """See :class:`Term`."""
-        u = u.flatten()
-        parts = [p.flatten(0, 1).to(self._dtype).mT @ u for p in self._parts()]
-        return {self._position: torch.cat(parts)}
-
-    def push(self, vectors: Sequence[Tensor]) -> Tensor:
-        """See :class:`Term`."""
-        flat = vectors[self._position].reshape(-1).to(self._dtype)
-        return self._times(flat)
-
-    def _times(self, vector: Tensor) -> Tensor:
-        total, start = self._rows.new_zeros(self._rows.shape[:2], dtype=self._dtype), 0
-        for part in self._parts():
-            total += part.to(self._dtype) @ vector[start : start + part.shape[-1]]
-            start += part.shape[-1]
-        return total
-
-    def apply(self, u: Tensor) -> Tensor:
-        """See :class:`Term`."""
-        return self._times(self.pull(u)[self._position])
-
-    def total(self) -> Tensor:
-        """See :class:`Term`."""
-        return self._rows.sum(dtype=self._dtype)
 
 
 class LayeredRows(Rows):
@@ -334,16 +187,48 @@ class LayeredRows(Rows):
         r"""Return the direction: factorised in the rows' precision, refined in the working one.
 
         The large products and the factor are several times cheaper in float32, and products with
-        the exact matrix cost next to nothing by layers.
+        the exact matrix cost next to nothing by layers. With fewer columns than rows the system is
+        that of :math:`V^\top V`.
         """
-        shift, q = self._shift(damping), self._q.flatten()
         finite(torch.stack([term.total() for term in self._terms]), "Jacobian")
-        u = None
-        if torch.finfo(self._coarse).eps > torch.finfo(self._dtype).eps:
-            u = refined_solve(self._gram(torch.float32), self._apply, q, shift)
-        if u is None:
-            u = damped_solve_(self._gram(self._dtype), q, shift)
+        if sum(shape.numel() for shape in self._shapes) < self._q.numel():
+            return self._normal_solve(damping)
+        u = self._refined(self._gram, self._apply, self._q.flatten(), damping)
         return self._pulled(u.view_as(self._q))
+
+    def _normal_solve(self, damping: float) -> list[Tensor]:
+        r"""Return the direction from :math:`V^\top V`."""
+        widths = [shape.numel() for shape in self._shapes]
+        pieces = [piece for term in self._terms for piece in term.pieces()]
+
+        def split(x: Tensor) -> list[Tensor]:
+            parts = zip(torch.split(x, widths), self._shapes, strict=True)
+            return [part.view(shape) for part, shape in parts]
+
+        def joined(u: Tensor) -> Tensor:
+            return torch.cat([part.flatten() for part in self._pulled(u)])
+
+        return split(
+            self._refined(
+                lambda dtype: normal_matrix(pieces, widths, dtype),
+                lambda x: joined(self._pushed(split(x))),
+                joined(self._q),
+                damping,
+            )
+        )
+
+    def _refined(
+        self,
+        form: Callable[[torch.dtype], Tensor],
+        apply: Callable[[Tensor], Tensor],
+        b: Tensor,
+        damping: float,
+    ) -> Tensor:
+        """Solve in the rows' precision and refine, or solve in the working one."""
+        shift, x = self._shift(damping), None
+        if torch.finfo(self._coarse).eps > torch.finfo(self._dtype).eps:
+            x = refined_solve(form(torch.float32), apply, b, shift)
+        return damped_solve_(form(self._dtype), b, shift) if x is None else x
 
     def gram(self) -> Tensor:
         r"""Return :math:`V V^\top`."""
@@ -380,20 +265,10 @@ class LayeredRows(Rows):
 
     def push(self, vectors: Sequence[Tensor]) -> Tensor:
         """Return ``V`` times the vectors."""
-        return self._expanded(torch.stack([term.push(vectors) for term in self._terms]).sum(0))
+        return self._expanded(self._pushed(vectors))
 
-
-def _matmul(A: Tensor, B: Tensor, coarse: torch.dtype) -> Tensor:
-    """Return ``A B``, multiplied in a coarser type where nothing cancels that it would lose.
-
-    The norms of random factors multiply to the root of the inner dimension times the product's;
-    eight times that, and the coarse type has lost a digit.
-    """
-    if torch.finfo(coarse).eps > torch.finfo(A.dtype).eps:
-        product = (A.to(coarse) @ B.to(coarse)).to(A.dtype)
-        if float(A.norm() * B.norm()) <= 8 * A.shape[1] ** 0.5 * float(product.norm()):
-            return product
-    return A @ B
+    def _pushed(self, vectors: Sequence[Tensor]) -> Tensor:
+        return torch.stack([term.push(vectors) for term in self._terms]).sum(0)
 
 
 # Strips of rows of a symmetric matrix, each as long as its diagonal block needs: 5/8 of the work.
