@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _NormBase
 
+from optimizers.functional.derivatives import Expansion, gradients, hessian_product
+
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]
 
 
@@ -246,12 +248,21 @@ class Objective:
 
         One forward and one backward pass serve all of them.
         """
+        here = self.around(params)
+        return here.loss, here.grads, [here.product(probe) for probe in probes]
+
+    def around(self, params: Sequence[Tensor]) -> Expansion:
+        """Return the loss around the present values: products one after the other, or the Hessian.
+
+        It must be asked before ``params`` change.
+        """
         with torch.enable_grad():
-            loss = self._forward()
-            grads, products = expansion(loss, params, probes)
+            here = Expansion(self._forward(), params, self._count_products)
         self.counts.gradient += 1
-        self.counts.hvp += len(probes)
-        return loss.detach(), grads, products
+        return here
+
+    def _count_products(self, made: int) -> None:
+        self.counts.hvp += made
 
     def ggn(self, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
         r"""Return the generalized Gauss-Newton product :math:`J^\top H_{out} J v`.
@@ -359,60 +370,3 @@ def _each_tensor(value: Any, function: Callable[[Tensor], Any]) -> Any:
         named = isinstance(value, tuple) and hasattr(value, "_fields")
         return type(value)(*entries) if named else type(value)(entries)
     return value
-
-
-def gradients(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the gradient of ``loss`` in each parameter, ``None`` where it has none."""
-    wanted = [p for p in params if p.requires_grad]
-    if not loss.requires_grad or not wanted:
-        return [None] * len(params)
-    found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
-    return [next(found) if p.requires_grad else None for p in params]
-
-
-def expansion(
-    loss: Tensor, params: Sequence[Tensor], probes: Sequence[Sequence[Tensor]]
-) -> tuple[list[Tensor | None], list[list[Tensor]]]:
-    """Return the gradient of ``loss`` and the products of its Hessian, by double backward.
-
-    A parameter that takes no part, or is frozen, has the gradient ``None`` and products of zero.
-    """
-    wanted = [p for p in params if p.requires_grad]
-    if not loss.requires_grad or not wanted:
-        return [None] * len(params), [[torch.zeros_like(p) for p in params] for _ in probes]
-    slopes = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
-    curved = [(k, g) for k, g in enumerate(slopes) if g is not None and g.requires_grad]
-    places = [k for k, p in enumerate(params) if p.requires_grad]
-    products = []
-    for probe in probes:
-        found = [torch.zeros_like(p) for p in params]
-        if curved:  # a linear loss has no second derivative
-            vectors = [probe[places[k]] for k, _ in curved]
-            parts = torch.autograd.grad(
-                [g for _, g in curved], wanted, vectors, retain_graph=True, allow_unused=True
-            )
-            for k, part in zip(places, parts, strict=True):
-                found[k] = found[k] if part is None else part.detach()
-        products.append(found)
-    grads: list[Tensor | None] = [None] * len(params)
-    for k, g in zip(places, slopes, strict=True):
-        grads[k] = None if g is None else g.detach()
-    return grads, products
-
-
-def hessian_product(
-    loss: Tensor, params: Sequence[Tensor], vectors: Sequence[Tensor]
-) -> list[Tensor]:
-    """Return the product of the Hessian of ``loss`` with ``vectors``, by double backward."""
-    grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
-    pairs = [
-        (g, v)
-        for g, v in zip(grads, vectors, strict=True)
-        if g is not None and g.requires_grad  # a linear loss has no second derivative
-    ]
-    if not pairs:
-        return [torch.zeros_like(p) for p in params]
-    products = torch.autograd.grad(
-        [g for g, _ in pairs], params, [v for _, v in pairs], allow_unused=True
-    )
-    return [torch.zeros_like(p) if h is None else h for p, h in zip(params, products, strict=True)]

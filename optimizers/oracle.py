@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizers.objective import Objective, OracleError, expansion, gradients, hessian_product
+from optimizers.functional.derivatives import Expansion, gradients, hessian_product
+from optimizers.objective import Objective, OracleError
 
 
 class Needs(enum.Enum):
@@ -83,6 +84,10 @@ class Oracle:
         self, params: Sequence[Tensor], probes: Sequence[Sequence[Tensor]]
     ) -> tuple[Tensor, list[Tensor | None], list[list[Tensor]]]:
         """Return the loss, its gradient and the Hessian's products with each probe, at one pass."""
+        raise self._refusal("Hessian products", _LOSS_CLOSURE)
+
+    def around(self, params: Sequence[Tensor]) -> Expansion:
+        """Return the loss around the present values, for products one after the other."""
         raise self._refusal("Hessian products", _LOSS_CLOSURE)
 
     def ggn(self, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -156,6 +161,9 @@ class _FromObjective(Oracle):
         self, params: Sequence[Tensor], probes: Sequence[Sequence[Tensor]]
     ) -> tuple[Tensor, list[Tensor | None], list[list[Tensor]]]:
         return self._objective.expand(params, probes)
+
+    def around(self, params: Sequence[Tensor]) -> Expansion:
+        return self._objective.around(params)
 
     def ggn(self, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
         return self._objective.ggn(params, vectors)
@@ -250,10 +258,16 @@ class _FromClosure(Oracle):
     def expand(
         self, params: Sequence[Tensor], probes: Sequence[Sequence[Tensor]]
     ) -> tuple[Tensor, list[Tensor | None], list[list[Tensor]]]:
-        found: tuple[Tensor, list[Tensor | None], list[list[Tensor]]] = self._with_graph(
-            lambda loss: (loss.detach().reshape(()), *expansion(loss, params, probes))
-        )
-        return found
+        here = self.around(params)
+        return here.loss, here.grads, [here.product(probe) for probe in probes]
+
+    def around(self, params: Sequence[Tensor]) -> Expansion:
+        def use(loss: Tensor) -> Expansion:
+            self._scalar(loss)
+            return Expansion(loss, params)
+
+        here: Expansion = self._with_graph(use)
+        return here
 
     def _with_graph(self, use: Callable[[Tensor], Any]) -> Any:
         with torch.enable_grad():

@@ -404,3 +404,114 @@ def test_restored_puts_back_the_bits_after_an_exception():
             p.add_(1e-8).mul_(3)
         raise ZeroDivisionError
     assert torch.equal(p.detach(), before)
+
+
+# ------------------------------------------------------------------ the loss around a point
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_the_loss_around_a_point_equals_the_dense_hessian(problem, chunk):
+    model, objective = problem
+    params = list(model.parameters())
+    for here in (
+        objective.around(params),
+        as_oracle(objective, Needs.HESSIAN, "Rule", []).around(params),
+        as_oracle(
+            lambda: nn.functional.mse_loss(model(objective.inputs), objective.targets),
+            Needs.HESSIAN,
+            "Rule",
+            [],
+        ).around(params),
+    ):
+        H = here.matrix(chunk=chunk)
+        # A few hundred products of order one in double precision.
+        torch.testing.assert_close(H, dense(objective, params, "hessian"), rtol=1e-11, atol=1e-12)
+        for _ in range(2):  # the graph lasts
+            vectors = [torch.randn(p.shape, dtype=p.dtype) for p in params]
+            product = flat(here.product(vectors))
+            torch.testing.assert_close(product, H @ flat(vectors), rtol=1e-11, atol=1e-12)
+        assert not here.loss.requires_grad
+        assert torch.equal(here.loss, objective.loss())
+        assert all(torch.equal(a, b) for a, b in zip(here.grads, objective.gradient(params)[1],
+                                                     strict=True))  # fmt: skip
+    assert objective.counts.hvp == 2 * (sum(p.numel() for p in params) + 2)
+    assert objective.counts.gradient == 2 + 3
+
+
+def test_around_a_point_some_parameters_are_frozen_or_take_no_part(problem):
+    model, objective = problem
+    whole = dense(objective, list(model.parameters()), "hessian")
+    model[0].weight.requires_grad_(False)
+    unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    params = [unused, *model.parameters()]
+
+    def closure():
+        return nn.functional.mse_loss(model(objective.inputs), objective.targets)
+
+    here = as_oracle(closure, Needs.HESSIAN, "Rule", []).around(params)
+    assert [g is None for g in here.grads] == [True, True, False, False, False]
+    H = here.matrix(chunk=5)
+    assert not H[:14].any()
+    assert not H[:, :14].any()
+    torch.testing.assert_close(H[14:, 14:], whole[12:, 12:], rtol=1e-11, atol=1e-12)
+
+
+class Unbatched(torch.autograd.Function):
+    """A square whose backward has no rule for a batch of gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        if float(g.detach().flatten()[0]) == 12345.0:  # reads a number, which a batch has not
+            return g
+        return 2 * x * g
+
+
+def test_a_hessian_without_a_batching_rule_and_one_that_is_not_there():
+    p = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    oracle = as_oracle(lambda: Unbatched.apply(p).square().sum(), Needs.HESSIAN, "Rule", [])
+    assert torch.equal(oracle.around([p]).matrix(), (12 * p.detach() ** 2).diag())
+    linear = as_oracle(lambda: 3 * p.sum(), Needs.HESSIAN, "Rule", []).around([p])
+    assert not linear.matrix().any()
+    assert linear.grads[0].tolist() == [3, 3]
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * x * g
+
+
+def test_an_operation_that_is_differentiable_once_is_no_silent_zero():
+    p = nn.Parameter(torch.ones(3))
+    oracle = as_oracle(lambda: (Once.apply(p) * p).sum(), Needs.HESSIAN, "Rule", [])
+    with pytest.raises(RuntimeError, match="twice"):  # torch would answer 2 in the place of 6
+        oracle.around([p])
+
+
+def test_around_refuses_what_is_no_loss_with_a_graph():
+    p = nn.Parameter(torch.ones(2))
+
+    def backward():
+        loss = (p**3).sum()
+        loss.backward()
+        return loss
+
+    for closure, message in ((backward, "Do not call backward"), (lambda: p**2, "one number"),
+                             (lambda: 1.0, "graph")):  # fmt: skip
+        with pytest.raises(OracleError, match=message):
+            as_oracle(closure, Needs.HESSIAN, "Rule", [p]).around([p])
+    with pytest.raises(OracleError, match="Rule needs"):
+        as_oracle(None, Needs.GRADIENTS, "Rule", []).around([p])
