@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -120,3 +120,32 @@ def check_all(values: Mapping[str, Any], rules: Mapping[str, str], where: str = 
                 check(name, values[name], rule)
             except ValueError as error:
                 raise ValueError(f"{error}{where}") from None
+
+
+def check_alike(groups: Sequence[Mapping[str, Any]], names: Iterable[str], why: str) -> None:
+    """Refuse parameter groups that differ in an option which all must share.
+
+    Args:
+        groups: The optimizer's groups.
+        names: The options.
+        why: What they share, for the message: "are solved together".
+
+    Raises:
+        ValueError: Naming the option, the groups and their values.
+    """
+    first = groups[0]
+    for name in names:
+        for index, group in enumerate(groups):
+            if not _same(group[name], first[name]):
+                raise ValueError(
+                    f"{name} must be the same in all groups, which {why}; got {group[name]!r} in "
+                    f"group {index}, {first[name]!r} in group 0. Set it alike."
+                )
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool((a == b.to(a)).all())
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return list(a) == list(b)  # a file may turn a tuple into a list
+    return bool(a == b) if isinstance(a, Tensor) == isinstance(b, Tensor) else False

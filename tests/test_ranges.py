@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimizers import ranges
+from optimizers import MFAC, OASIS, AdaHessian, InducedMetric, ranges
+from optimizers.second_order import KFAC, PSGDKron, SophiaG
 
 
 @pytest.mark.parametrize(
@@ -78,3 +79,46 @@ def test_half_open_interval_is_what_it_says(value):
     except ValueError:
         accepted = False
     assert accepted == (0 <= value < 1)
+
+
+def test_groups_that_must_agree():
+    def check(*values):
+        ranges.check_alike([{"x": v} for v in values], ["x"], "share it")
+
+    alike = [(1, 1.0), ([1, 2], (1, 2)), (None, None), (torch.ones(2), torch.ones(2).double())]
+    for values in alike:
+        (1, 1.0),
+        ([1, 2], (1, 2)),
+        (None, None),
+        (torch.ones(2), torch.ones(2).double()),
+    ]:
+        check(*values)
+    for values in [(1, 2), (1, None), ((1, 2), (1, 3)), (torch.ones(2), torch.ones(3)),
+                   (torch.zeros(()), 0)]:  # fmt: skip
+        with pytest.raises(ValueError, match="x must be the same in all groups, which share it"):
+            check(*values)
+    with pytest.raises(ValueError, match="got 3 in group 2, 1 in group 0"):
+        check(1, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        (AdaHessian, {"hessian_every": 3, "seed": 5}),
+        (OASIS, {"adaptive": False, "lr": 0.1, "hessian_every": 2}),
+        (SophiaG, {"hessian_every": 3}),
+        (InducedMetric, {"variant": "rms"}),
+        (PSGDKron, {"precond_lr": 0.2}),
+        (MFAC, {"damp": 0.1}),
+        (KFAC, {"kl_clip": 0.1}),
+    ],
+)
+def test_what_groups_share_is_loaded_over_other_options(rule, options):
+    """The loaded groups must agree with each other, and not with those that they replace."""
+    params = [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(2))]
+    groups = [{"params": [p]} for p in params]
+    saved = rule(groups, **options).state_dict()
+    other = rule([{"params": [p]} for p in params])
+    other.load_state_dict(saved)
+    for group in other.param_groups:
+        assert {name: group[name] for name in options} == options

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optimizers.base import Group, Needs, Optimizer, Scope, Signal, State
+from optimizers import ranges
+from optimizers.base import Needs, Optimizer, Scope, Signal, State
 from optimizers.objective import OracleError
 from optimizers.oracle import Oracle
 
@@ -56,20 +57,12 @@ class HutchinsonOptimizer(Optimizer):
     needs = Needs.HESSIAN
     scope = Scope.MODEL
     kind = "rademacher"
-
-    def validate(self, group: Group) -> None:
-        """Refuse groups that would be probed otherwise than the first."""
-        for other in getattr(self, "param_groups", ()):
-            for name in HUTCHINSON_RANGES:
-                if other[name] != group[name]:
-                    raise ValueError(
-                        f"{name} must be the same in all groups, which are probed together; got "
-                        f"{group[name]!r} and {other[name]!r}. Set it alike."
-                    )
+    shared: tuple[str, ...] = tuple(HUTCHINSON_RANGES)  # options in which groups must not differ
 
     def prepare(self) -> None:
-        """Let the count of steps start."""
+        """Let the count of steps start, and refuse groups that would be probed apart."""
         self.param_groups[0].setdefault("time", 0)
+        ranges.check_alike(self.param_groups, self.shared, "are probed together")
 
     def due(self) -> bool:
         """Whether this step draws probes."""

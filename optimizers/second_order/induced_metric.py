@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimizers import ranges
 from optimizers.base import Group, Optimizer, Scope, Signal, State
 from optimizers.functional import bias_corrections, decay_, ema_
 from optimizers.objective import OracleError
@@ -109,14 +110,9 @@ class InducedMetric(Optimizer):
             },
         )
 
-    def validate(self, group: Group) -> None:
+    def prepare(self) -> None:
         """Refuse groups that measure in different metrics."""
-        for other in getattr(self, "param_groups", ()):
-            if other["variant"] != group["variant"]:
-                raise ValueError(
-                    f"variant must be the same in all groups, which share one metric; got "
-                    f"{group['variant']!r} and {other['variant']!r}. Set it alike."
-                )
+        ranges.check_alike(self.param_groups, ["variant"], "share one metric")
 
     def init_state(self, p: Tensor, group: Group) -> State:
         """Return the averages, at zero."""

@@ -180,7 +180,7 @@ class MFAC(Optimizer):
             )
         groups = getattr(self, "param_groups", ())
         if any(group is other for other in groups):  # loaded ones are compared at the step
-            _check_agreement(groups)
+            ranges.check_alike(groups, _SHARED, "share one window")
 
     def init_state(self, p: Tensor, group: Group) -> State:
         """Return the parameter's part of the window, at zero."""
@@ -220,7 +220,7 @@ class MFAC(Optimizer):
     def probe(self, oracle: Oracle) -> tuple[Tensor | None, Signal]:
         """Multiply the new gradient with the window and solve for the coefficients."""
         loss, self._move = oracle.evaluate(), None
-        _check_agreement(self.param_groups)
+        ranges.check_alike(self.param_groups, _SHARED, "share one window")
         every = [(p, group) for group in self.param_groups for p in group["params"]]
         found = [(p, p.grad, group) for p, group in every if p.grad is not None]
         for p, g, group in found:
@@ -348,18 +348,6 @@ def _whole(step: Tensor, p: Tensor, state: State) -> Tensor:
     whole = step.new_zeros(p.numel())
     whole[state["kept"]] = step
     return whole.view(p.shape)
-
-
-def _check_agreement(groups: Sequence[Group]) -> None:
-    """Refuse groups that ask for different windows."""
-    first = groups[0]
-    for index, group in enumerate(groups):
-        for name in _SHARED:
-            if group[name] != first[name]:
-                raise ValueError(
-                    f"{name} must be the same in all groups, which share one window; got "
-                    f"{group[name]!r} in group {index}, {first[name]!r} in group 0. Set it alike."
-                )
 
 
 def _check_member(p: Tensor, g: Tensor, state: State, group: Group) -> None:

@@ -87,6 +87,10 @@ class OASIS(HutchinsonOptimizer):
         steps without a refresh, here D stays.
     """
 
+    shared = (
+        *HutchinsonOptimizer.shared,
+        *("adaptive", "init_lr", "same_batch", "warmup_samples"),
+    )
     ranges = {
         "betas": "2 of [0, 1]",
         "alpha": "(0, inf)",
@@ -136,7 +140,6 @@ class OASIS(HutchinsonOptimizer):
 
     def validate(self, group: Group) -> None:
         """Refuse what the rules do not go together with."""
-        super().validate(group)
         if group["betas"][0] == 1:
             raise ValueError(f"betas must be in [0, 1) x [0, 1]; got {group['betas']!r}.")
         if group["adaptive"] and (group["betas"][0] > 0 or group["weight_decay"] > 0):
@@ -145,13 +148,6 @@ class OASIS(HutchinsonOptimizer):
                 f"for the gradient alone; got {group['betas']!r} and {group['weight_decay']!r}. "
                 "Set adaptive=False and give lr, or leave them out."
             )
-        for other in getattr(self, "param_groups", ()):
-            for name in ("adaptive", "init_lr", "same_batch", "warmup_samples"):
-                if other[name] != group[name]:
-                    raise ValueError(
-                        f"{name} must be the same in all groups; got {group[name]!r} and "
-                        f"{other[name]!r}. Set it alike."
-                    )
 
     def prepare(self) -> None:
         """Let the count of steps start, and the adaptive rate from its first value."""

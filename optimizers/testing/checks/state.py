@@ -112,7 +112,7 @@ def _copies_step_alike(subject: Subject, duplicate: Any) -> None:
     case.run(optimizer, range(3))
     try:
         model, other = duplicate((case.model, optimizer))
-        twin = Case(subject.needs, bias=subject.takes_vectors)
+        twin = Case(subject.needs, bias=subject.takes_vectors, loss_fn=subject.loss_fn)
         twin.model, twin.objective = model, type(twin.objective)(model, twin.objective.loss_fn)
         right = twin.run(other, range(3, 8))
     except Exception as error:

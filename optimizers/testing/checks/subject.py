@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimizers.objective import Objective
+from optimizers.objective import LossFn, Objective, OracleError
 from optimizers.oracle import Needs
 
 
@@ -51,14 +51,21 @@ class Case:
     """A network, its batches and the loss: everything a run needs, from a seed."""
 
     def __init__(
-        self, needs: Needs, *, dtype: torch.dtype = torch.float64, bias: bool = True, seed: int = 0
+        self,
+        needs: Needs,
+        *,
+        dtype: torch.dtype = torch.float64,
+        bias: bool = True,
+        seed: int = 0,
+        loss_fn: LossFn = nn.functional.mse_loss,
     ) -> None:
         # Building modules draws from the global generator; the caller's stream must not notice.
         with torch.random.fork_rng(devices=[]):
             self.model = Net(dtype, bias, seed)
         self.needs = needs
         self.dtype = dtype
-        self.objective = Objective(self.model, nn.functional.mse_loss)
+        self.loss_fn = loss_fn
+        self.objective = Objective(self.model, loss_fn)
 
     @property
     def params(self) -> list[nn.Parameter]:
@@ -70,12 +77,14 @@ class Case:
         generator = torch.Generator().manual_seed(1000 + k)
         x = torch.randn(8, 6, generator=generator, dtype=torch.float64)
         y = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+        if self.loss_fn is nn.functional.cross_entropy:
+            y = y.softmax(1)
         return x.to(self.dtype), y.to(self.dtype)
 
     def loss(self, k: int) -> Tensor:
         """Return the loss on the k-th batch, with its graph."""
         x, y = self.batch(k)
-        return nn.functional.mse_loss(self.model(x), y)
+        return self.loss_fn(self.model(x), y)
 
     def closure(self, k: int) -> Callable[[], Any]:
         """Return what ``step`` wants for the k-th batch."""
@@ -135,6 +144,7 @@ class Subject:
         self.options = _options(factory)
         self.needs = needs or _needs(factory)
         self.takes_vectors = self._accepts([(6, 4), (4, 6), (6,)])
+        self.loss_fn = self._loss_fn()
 
     def _accepts(self, shapes: list[tuple[int, ...]]) -> bool:
         try:
@@ -144,6 +154,16 @@ class Subject:
         except (ValueError, RuntimeError):
             return False
         return True
+
+    def _loss_fn(self) -> LossFn:
+        """Return squared errors, or cross-entropy for a rule that refuses them."""
+        if self.needs is Needs.OUTPUTS:
+            case = Case(self.needs, bias=self.takes_vectors)
+            try:
+                case.step(self.make(case.params), 0)
+            except OracleError:
+                return nn.functional.cross_entropy
+        return nn.functional.mse_loss
 
     def make(self, params: Any, **options: Any) -> torch.optim.Optimizer:
         """Construct the optimizer."""
@@ -155,7 +175,9 @@ class Subject:
 
     def case(self, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Case:
         """Return a fresh network with batches that this optimizer can train."""
-        return Case(self.needs, dtype=dtype, bias=self.takes_vectors, seed=seed)
+        return Case(
+            self.needs, dtype=dtype, bias=self.takes_vectors, seed=seed, loss_fn=self.loss_fn
+        )
 
     def pair(
         self, *, dtype: torch.dtype = torch.float64, **options: Any
