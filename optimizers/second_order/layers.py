@@ -16,7 +16,7 @@ from torch.nn import functional
 # The slopes ``(b, c, *outputs)`` of one use of a layer -> ``(position, (b, c, numel))`` for each
 # of its parameters.
 Columns = Callable[[Tensor], list[tuple[int, Tensor]]]
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Use(NamedTuple):
@@ -47,20 +47,29 @@ def watched(model: nn.Module, params: Sequence[Tensor]) -> list[nn.Module] | Non
     return found
 
 
-def observe(
-    modules: Sequence[nn.Module], run: Callable[[], Any], batch: int
-) -> tuple[Any, list[Use]] | None:
-    """Run the model; return its outputs and every use of the layers, or ``None`` if one is odd."""
+def record(
+    modules: Sequence[nn.Module],
+    run: Callable[[], Any],
+    accepts: Callable[[Tensor, Tensor], bool],
+) -> tuple[Any, list[Use], list[nn.Module]]:
+    """Run something and watch layers; the hooks are gone afterwards, also after an exception.
+
+    Args:
+        modules: The layers.
+        run: Called once.
+        accepts: Whether a use, by its input and output, is one that the caller understands.
+
+    Returns:
+        What ``run`` returned, every accepted use in order, and the layers that were also used
+        otherwise (by keyword, with several arguments, with an input that was later overwritten).
+    """
     uses: list[Use] = []
     versions: list[int] = []
     odd: list[nn.Module] = []
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         plain = len(arguments) == 1 and isinstance(arguments[0], Tensor)
-        if not plain or not isinstance(output, Tensor) or not output.requires_grad:
-            odd.append(module)
-            return None
-        if len(arguments[0]) != batch or len(output) != batch or output.ndim < 2:
+        if not plain or not isinstance(output, Tensor) or not accepts(arguments[0], output):
             odd.append(module)
             return None
         uses.append(Use(module, arguments[0].detach(), output))
@@ -70,14 +79,26 @@ def observe(
 
     handles = [module.register_forward_hook(hook) for module in modules]
     try:
-        outputs = run()
+        result = run()
     finally:
         for handle in handles:
             handle.remove()
     changed = [use.inputs._version != seen for use, seen in zip(uses, versions, strict=True)]
-    if odd or any(changed):  # an input that a later layer has overwritten
-        return None
-    return outputs, uses
+    odd += [use.module for use, overwritten in zip(uses, changed, strict=True) if overwritten]
+    return result, uses, odd
+
+
+def observe(
+    modules: Sequence[nn.Module], run: Callable[[], Any], batch: int
+) -> tuple[Any, list[Use]] | None:
+    """Run the model; return its outputs and every use of the layers, or ``None`` if one is odd."""
+
+    def accepts(x: Tensor, output: Tensor) -> bool:
+        batched = len(x) == batch and len(output) == batch and output.ndim >= 2
+        return output.requires_grad and batched
+
+    outputs, uses, odd = record(modules, run, accepts)
+    return None if odd else (outputs, uses)
 
 
 def columns_of(use: Use, positions: dict[int, int]) -> Columns:
@@ -112,11 +133,11 @@ def _in_weight(module: nn.Module, x: Tensor, B: Tensor) -> Tensor:
         left = B.transpose(2, 3).reshape(b, -1, B.shape[2])  # (b, c * out, positions)
         return torch.bmm(left, x).view(b, c, -1)
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        patches = _patches(module, x)  # (b, groups, in * kernel, positions)
-        groups, size = patches.shape[1:3]
-        B = B.reshape(b, c, groups, -1, patches.shape[3]).transpose(1, 2)
-        left = B.reshape(b, groups, -1, patches.shape[3])  # (b, groups, c * out, positions)
-        J = (left @ patches.mT).view(b, groups, c, -1, size)
+        seen = patches(module, x)  # (b, groups, in * kernel, positions)
+        groups, size = seen.shape[1:3]
+        B = B.reshape(b, c, groups, -1, seen.shape[3]).transpose(1, 2)
+        left = B.reshape(b, groups, -1, seen.shape[3])  # (b, groups, c * out, positions)
+        J = (left @ seen.mT).view(b, groups, c, -1, size)
         return J.transpose(1, 2).reshape(b, c, -1)
     if isinstance(module, nn.Embedding):
         rows, width = module.num_embeddings, module.embedding_dim
@@ -125,7 +146,7 @@ def _in_weight(module: nn.Module, x: Tensor, B: Tensor) -> Tensor:
             B = B * (index != module.padding_idx).to(B.dtype)[:, None, :, None]
         J = B.new_zeros(b, c, rows, width)
         return J.scatter_add_(2, index[:, None, :, None].expand_as(B), B).flatten(2)
-    product = B * _normalized(module, x).unsqueeze(1)
+    product = B * normalized(module, x).unsqueeze(1)
     return _over_positions(module, product)
 
 
@@ -138,27 +159,36 @@ def _in_bias(module: nn.Module, B: Tensor) -> Tensor:
     return _over_positions(module, B)
 
 
-def _patches(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+def patches(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
     """Return what each output position sees, ``(b, groups, in / groups * kernel, positions)``."""
+    padding = module.padding
+    if isinstance(padding, str) or module.padding_mode != "zeros":
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = functional.pad(x, module._reversed_padding_repeated_twice, mode)
+        padding = (0,) * len(module.kernel_size)
     options: list[tuple[int, ...]] = [
         tuple(int(v) for v in value)
-        for value in (module.kernel_size, module.dilation, module.padding, module.stride)
+        for value in (module.kernel_size, module.dilation, padding, module.stride)
     ]
     if x.ndim == 3:
         x = x.unsqueeze(2)
         options = [(fill, *value) for value, fill in zip(options, (1, 1, 0, 1), strict=True)]
-    kernel, dilation, padding, stride = options
-    patches = functional.unfold(x, kernel, dilation, padding, stride)
-    return patches.view(len(x), module.groups, -1, patches.shape[-1])
+    kernel, dilation, around, stride = options
+    seen = functional.unfold(x, kernel, dilation, around, stride)
+    return seen.view(len(x), module.groups, seen.shape[1] // module.groups, seen.shape[2])
 
 
-def _normalized(module: nn.Module, x: Tensor) -> Tensor:
+def normalized(module: nn.Module, x: Tensor) -> Tensor:
     """Return what a normalisation multiplies by its weight."""
     if isinstance(module, nn.LayerNorm):
         return functional.layer_norm(x, module.normalized_shape, eps=module.eps)
     if isinstance(module, nn.GroupNorm):
         return functional.group_norm(x, module.num_groups, eps=module.eps)
-    assert isinstance(module, _BATCH_NORMS)  # at rest: check_samplewise has seen to it
+    if isinstance(module, nn.RMSNorm):
+        return functional.rms_norm(x, tuple(module.normalized_shape), eps=module.eps)
+    assert isinstance(module, BATCH_NORMS)
+    if module.training or module.running_mean is None:  # by the batch's own statistics
+        return functional.batch_norm(x, None, None, training=True, eps=module.eps)
     return functional.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
 
 
@@ -180,7 +210,7 @@ def _is_known(module: nn.Module) -> bool:
         return module.padding_mode == "zeros" and not isinstance(module.padding, str)
     if type(module) is nn.Embedding:
         return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
-    if type(module) in _BATCH_NORMS:
+    if type(module) in BATCH_NORMS:
         return not module.training and getattr(module, "running_mean", None) is not None
     return type(module) in (nn.Linear, nn.LayerNorm, nn.GroupNorm)
 
