@@ -87,11 +87,6 @@ def test_groups_that_must_agree():
 
     alike = [(1, 1.0), ([1, 2], (1, 2)), (None, None), (torch.ones(2), torch.ones(2).double())]
     for values in alike:
-        (1, 1.0),
-        ([1, 2], (1, 2)),
-        (None, None),
-        (torch.ones(2), torch.ones(2).double()),
-    ]:
         check(*values)
     for values in [(1, 2), (1, None), ((1, 2), (1, 3)), (torch.ones(2), torch.ones(3)),
                    (torch.zeros(()), 0)]:  # fmt: skip
