@@ -7,6 +7,8 @@ A loss that is a mean of ``N`` equal parts is, around the present outputs, descr
 with a factor :math:`L` for each term of the batch and a vector :math:`q`. With the Jacobian
 :math:`J` of the outputs and :math:`V = L^\top J` the gradient is :math:`-V^\top q / N` and the
 Gauss-Newton matrix :math:`V^\top V / N`: symmetric and free of cancellation by construction.
+Where a loss has slope without curvature, as Huber's far from the target, the slope is
+:math:`-(L q + r)/N` with a rest :math:`r`, and the gradient :math:`-(V^\top q + J^\top r)/N`.
 """
 
 from __future__ import annotations
@@ -41,7 +43,10 @@ _OPTIONS = ("weight", "pos_weight", "size_average", "reduce")
 
 @dataclass(frozen=True)
 class LossForm:
-    """Which loss is minimised: one of :data:`LOSSES` and, for cross-entropy, its smoothing."""
+    """Which loss is minimised: one of :data:`LOSSES` and, for cross-entropy, its smoothing.
+
+    Any other name stands for a function of each sample's outputs together.
+    """
 
     name: str
     label_smoothing: float = 0.0
@@ -53,13 +58,16 @@ class LossForm:
         return tensor.reshape(len(tensor), -1)
 
 
-def read_loss(loss_fn: Callable[..., Any], declared: str | None, rule: str) -> LossForm:
+def read_loss(
+    loss_fn: Callable[..., Any], declared: str | None, rule: str, remedy: str = ""
+) -> LossForm:
     """Return the form of ``loss_fn``, or the declared one.
 
     Args:
         loss_fn: The Objective's loss.
         declared: One of :data:`LOSSES`, or ``None`` to read it from ``loss_fn``.
         rule: The optimizer's name, for messages.
+        remedy: What ``rule`` can do with a loss that cannot be read, a sentence after a space.
 
     Raises:
         OracleError: If the loss cannot be read, or is used with options that change its form.
@@ -72,7 +80,7 @@ def read_loss(loss_fn: Callable[..., Any], declared: str | None, rule: str) -> L
         raise OracleError(
             f"{rule} must know the loss and cannot read {_describe(loss_fn)}. Give the Objective "
             "torch's cross_entropy, mse_loss or binary_cross_entropy_with_logits, or declare a "
-            f"loss that equals one of them by loss={'|'.join(LOSSES)}."
+            f"loss that equals one of them by loss={'|'.join(LOSSES)}.{remedy}"
         )
     unread = {key: options[key] for key in _OPTIONS if options.get(key) is not None}
     if options.get("reduction", "mean") != "mean":
@@ -82,7 +90,7 @@ def read_loss(loss_fn: Callable[..., Any], declared: str | None, rule: str) -> L
     if unread:
         raise OracleError(
             f"{rule} reads the mean of {name} over equal terms; got {unread}. Leave these options "
-            "at their defaults (drop or resample terms instead of weighting them)."
+            f"at their defaults (drop or resample terms instead of weighting them).{remedy}"
         )
     return LossForm(name, float(options.get("label_smoothing", 0.0)))
 
@@ -119,6 +127,9 @@ class OutputModel:
         q: ``(terms, c)``.
         scale: ``(terms, c)``: the diagonal part of ``L``.
         mean: The probabilities ``(terms, c)`` of cross-entropy, else ``None``.
+        basis: ``(terms, c, c)``, orthogonal: ``L`` is its product with the diagonal part; ``None``
+            where it is the identity.
+        rest: ``(terms, c)``: what of the slope ``L`` does not give, or ``None`` for nothing.
     """
 
     form: LossForm
@@ -128,18 +139,26 @@ class OutputModel:
     q: Tensor
     scale: Tensor
     mean: Tensor | None = None
+    basis: Tensor | None = None
+    rest: Tensor | None = None
 
     def whiten(self, rows: Tensor) -> Tensor:
         r"""Return :math:`L^\top` times ``rows`` of shape ``(terms, c, m)``."""
         if self.mean is not None:
             rows = rows - torch.einsum("nc,ncm->nm", self.mean, rows).unsqueeze(1)
+        if self.basis is not None:
+            rows = self.basis.mT @ rows
         return self.scale.unsqueeze(2) * rows
 
     def slope(self) -> Tensor:
-        r"""Return the gradient in the outputs, :math:`-L q / N`, ``(terms, c)``."""
+        r"""Return the gradient in the outputs, :math:`-(L q + r) / N`, ``(terms, c)``."""
         residual = self.scale * self.q
         if self.mean is not None:
             residual = residual - self.mean * residual.sum(1, keepdim=True)
+        if self.basis is not None:
+            residual = (self.basis @ residual.unsqueeze(2)).squeeze(2)
+        if self.rest is not None:
+            residual = residual + self.rest
         return -residual / self.count
 
 
@@ -160,20 +179,7 @@ def output_model(
         OracleError: If the outputs are no finite tensor of such a shape.
         ValueError: If the targets do not fit.
     """
-    least = 2 if form.name == "cross_entropy" else 1
-    if not isinstance(outputs, Tensor) or outputs.ndim < least:
-        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise OracleError(
-            f"{rule} needs outputs in one tensor of at least {least} dimensions for "
-            f"{form.name}; got {got}. Let the model return the logits or predictions alone."
-        )
-    if outputs.numel() == 0:
-        raise ValueError(f"{rule} needs a batch of at least one sample; got {_shape(outputs)}.")
-    if not bool(outputs.isfinite().all()):
-        raise OracleError(
-            f"{rule} needs finite outputs and got NaN or infinity; nothing has been changed. "
-            "Check the inputs, lower lr or raise damping."
-        )
+    outputs = check_outputs(form, outputs, rule)
     f = form.terms(outputs.detach().to(dtype))
     y = _targets(form, outputs, targets, dtype, rule)
     # Below it a factor counts as this small in L and in 1/L alike: their product, the residual,
@@ -188,13 +194,33 @@ def output_model(
         log_scale = (functional.logsigmoid(f) + functional.logsigmoid(-f)) / 2
         scale = log_scale.exp().clamp(min=least_scale)
         residual = y * torch.sigmoid(-f) - (1 - y) * torch.sigmoid(f)  # y - sigmoid(f)
-        value = (functional.softplus(f) - y * f).mean()
+        # torch's softplus is f itself above 20, and lacks exp(-f) there.
+        value = (-functional.logsigmoid(-f) - y * f).mean()
         return OutputModel(form, f, value, f.numel(), residual / scale, scale)
     half = form.name == "half_mse"
     curvature, count = (1.0, len(f)) if half else (2.0, f.numel())
     scale = torch.full_like(f, curvature**0.5)
     value = (curvature / 2) * (f - y).square().sum() / count
     return OutputModel(form, f, value, count, scale * (y - f), scale)
+
+
+def check_outputs(form: LossForm, outputs: Any, rule: str) -> Tensor:
+    """Return the outputs, or refuse what is no finite tensor of a batch."""
+    least = 2 if form.name == "cross_entropy" else 1
+    if not isinstance(outputs, Tensor) or outputs.ndim < least:
+        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise OracleError(
+            f"{rule} needs outputs in one tensor of at least {least} dimensions for "
+            f"{form.name}; got {got}. Let the model return the logits or predictions alone."
+        )
+    if outputs.numel() == 0:
+        raise ValueError(f"{rule} needs a batch of at least one sample; got {_shape(outputs)}.")
+    if not bool(outputs.isfinite().all()):
+        raise OracleError(
+            f"{rule} needs finite outputs and got NaN or infinity; nothing has been changed. "
+            "Check the inputs, lower lr or raise damping."
+        )
+    return outputs
 
 
 def _shape(tensor: Tensor) -> str:

@@ -37,7 +37,8 @@ ENTRIES: tuple[Spec, ...] = (
         example={"lr": 0.5, "damping": 0.1},
         state_floats="0, 1 with momentum",
         evidence={
-            "oracle": "tests/test_egn.py::test_matches_the_oracle",
+            "oracle": "tests/test_egn.py::test_matches_the_oracle, "
+            "tests/test_egn_losses.py::test_every_loss_gives_the_dense_step",
             "reduction": "tests/test_egn.py: SGD, normalised LMS, least squares, the paper's form",
             "rate": "tests/test_egn.py::test_descent_inequality_on_logistic_regression (derived)",
             "claim": "tests/test_egn.py"

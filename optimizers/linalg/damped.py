@@ -11,25 +11,43 @@ from torch import Tensor
 def damped_solve_(A: Tensor, b: Tensor, damping: float) -> Tensor:
     r"""Return :math:`(A + \lambda I)^{-1} b` for a symmetric positive semidefinite ``A``.
 
+    Args:
+        A: ``(n, n)``; becomes :math:`A + \lambda I`. Its lower triangle is read.
+        b: ``(n,)``.
+        damping: :math:`\lambda > 0`.
+    """
+    return damped_factor_(A, damping)(b)
+
+
+def damped_factor_(A: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
+    r"""Factorise :math:`A + \lambda I` once, and return its inverse as a function of ``b``.
+
     By Cholesky. Where that fails, the damping lies below the rounding of ``A``; then by an
     eigendecomposition that leaves out the directions which are rounding alone, as the limit
     :math:`\lambda \to 0` does for a ``b`` in the range of ``A``.
 
     Args:
-        A: ``(n, n)``; becomes :math:`A + \lambda I`.
-        b: ``(n,)``.
+        A: ``(n, n)``; becomes :math:`A + \lambda I`. Its lower triangle is read.
         damping: :math:`\lambda > 0`.
     """
     A.diagonal().add_(damping)
     factor, info = torch.linalg.cholesky_ex(A)
     if int(info) == 0:
-        half = torch.linalg.solve_triangular(factor, b.unsqueeze(1), upper=False)
-        solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(1)
-        return solution
+
+        def solve(b: Tensor) -> Tensor:
+            half = torch.linalg.solve_triangular(factor, b.unsqueeze(1), upper=False)
+            found: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(1)
+            return found
+
+        return solve
     values, vectors = torch.linalg.eigh(A)
     kept = values > len(A) * torch.finfo(A.dtype).eps * values[-1]
-    solution = vectors @ torch.where(kept, (vectors.mT @ b) / values, 0)
-    return solution
+
+    def solve_kept(b: Tensor) -> Tensor:
+        found: Tensor = vectors @ torch.where(kept, (vectors.mT @ b) / values, 0)
+        return found
+
+    return solve_kept
 
 
 # Conjugate gradients with the factor of the rounded matrix: two or three steps where float32 holds

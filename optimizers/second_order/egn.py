@@ -13,9 +13,11 @@ from optimizers import ranges
 from optimizers.base import Group, Needs, Optimizer, Scope, Signal, State
 from optimizers.curvature import OutputModel, check_loss, output_model, read_loss
 from optimizers.functional import step_counts
+from optimizers.objective import Objective
 from optimizers.oracle import Oracle, restored
 from optimizers.second_order.jacobian import batch_rows, check_samplewise
 from optimizers.second_order.rows import Rows, finite
+from optimizers.second_order.separable import AUTOGRAD, separable_model
 
 # The authors' constants of the line search and of the adaptation of the damping.
 _ARMIJO, _BACKTRACK, _GROW, _TRIALS = 0.1, 0.8, 1.5, 15
@@ -62,6 +64,21 @@ class EGN(Optimizer):
     :math:`q_i = y_i/\sqrt{p_i} - \sqrt{p_i}`. With fewer parameters than rows the same step comes
     from :math:`(V^\top V + N\lambda I)\,\delta = V^\top q`.
 
+    With ``loss="autograd"`` the loss is any :math:`F = \sum_i l_i(f_i)` of the samples' outputs
+    (torch's other losses, weights, a function of your own), :math:`Q_i/N = \nabla^2 l_i` by
+    autograd and :math:`L_i = U_i \mathrm{diag}(\sqrt{\mu_i})` by its eigenvalues. A negative
+    one counts as zero: :math:`Q_i` is then the nearest positive semidefinite matrix. Slope where
+    the loss has no curvature (far from the target with Huber's, everywhere with ``l1_loss``) is a
+    rest :math:`r`, the gradient is :math:`-(Lq + r)/N`, and the step is still
+    :math:`\delta = -(J^\top Q J / N + \lambda I)^{-1} \nabla F`:
+
+    .. math::
+        \delta = V^\top (V V^\top + N\lambda I)^{-1} q + \tfrac{1}{N\lambda}
+            \bigl[I - V^\top (V V^\top + N\lambda I)^{-1} V\bigr] J^\top r
+
+    (the second part refined by its residual). It is :math:`-\nabla F/\lambda` where nothing
+    curves, so ``damping`` bounds such steps and should not be tiny.
+
     :math:`\alpha` is ``lr``, or is found by backtracking from
     :math:`\min(1.5\,\alpha_{t-1}, \mathrm{lr})` by factors 0.8, at most 15 trials, until
     :math:`F(w+\alpha d) \le F(w) + 0.1\,\alpha\,\nabla F^\top d + \epsilon_{machine}`. With
@@ -91,7 +108,9 @@ class EGN(Optimizer):
             ``binary_cross_entropy_with_logits``, ``mse_loss`` and their modules, mean reduction).
             A loss written otherwise is declared: ``"cross_entropy"``, ``"bce"`` (both of logits),
             ``"mse"`` (torch's) or ``"half_mse"``, :math:`\frac1{2b}\sum_i\|f_i-y_i\|^2`. Value and
-            slope of the Objective's loss are compared with it at every step.
+            slope of the Objective's loss are compared with it at every step. ``"autograd"`` takes
+            any loss that is a mean or sum over samples, by one product with its Hessian for each
+            output of a sample (checked: samples must not interact).
         line_search: Whether to search :math:`\alpha`; each trial evaluates the loss once.
         adaptive_damping: Whether to adapt ``damping``, within [1e-12, 1e12].
         weight_decay: Decoupled, in [0, inf); search and :math:`\rho` leave it out.
@@ -111,9 +130,11 @@ class EGN(Optimizer):
 
     Raises:
         ValueError: If an option lies outside its range, targets do not fit, or the system is
-            larger than ``max_rows``.
-        OracleError: If the loss cannot be read, the model has no per-sample Jacobian (batch
-            statistics, dropout), or outputs, Jacobian or solution are not finite.
+            larger than ``max_rows`` (or the Hessians of ``"autograd"`` than its square).
+        OracleError: If the loss cannot be read, couples the samples, has no second derivative or
+            depends on the parameters beside the outputs (``"autograd"``), the model has no
+            per-sample Jacobian (batch statistics, dropout), or outputs, Jacobian or solution are
+            not finite.
 
     Reference:
         Korbit, Adeoye, Bemporad, Zanon, "Exact Gauss-Newton Optimization for Training Deep Neural
@@ -130,7 +151,7 @@ class EGN(Optimizer):
         "lr": "[0, inf)",
         "damping": "(0, inf)",
         "momentum": "[0, 1)",
-        "loss": "{cross_entropy, bce, mse, half_mse} or None",
+        "loss": "{cross_entropy, bce, mse, half_mse, autograd} or None",
         "line_search": "bool",
         "adaptive_damping": "bool",
         "weight_decay": "[0, inf)",
@@ -195,13 +216,7 @@ class EGN(Optimizer):
                 f"in a running {name}. Build a new one with this momentum; OneCycleLR and CyclicLR "
                 "set it by themselves unless cycle_momentum=False."
             )
-        form = read_loss(objective.loss_fn, options["loss"], name)
-        check_samplewise(objective.model, name)
-        outputs = objective.outputs()
-        model = output_model(
-            form, outputs, objective.targets, name, getattr(torch, options["solve_dtype"])
-        )
-        loss = check_loss(model, objective.loss_fn, outputs, objective.targets, name)
+        model, loss, batch = _modelled(objective, options, [p for p, _ in members], name)
         objective.counts.loss += 1
         groups = {p: g for p, g in members if p.numel()}
         found = {p: torch.zeros_like(p) for p, _ in members if not p.numel()}
@@ -210,7 +225,7 @@ class EGN(Optimizer):
             params = list(groups)
             _check_size(model, params, options["max_rows"])
             rows = batch_rows(
-                objective, params, model, batch=len(outputs), chunk=options["chunk"], rule=name
+                objective, params, model, batch=batch, chunk=options["chunk"], rule=name
             )
             plain = {
                 p: finite(d.to(torch.promote_types(p.dtype, torch.float32)), "direction")
@@ -237,11 +252,11 @@ class EGN(Optimizer):
             return move
         shares = {p: lr / largest for p, lr in lrs.items()}
         steps = {p: self._averaged(p, plain[p], groups[p]) for p in groups}
-        slope, pushed = _along(rows, model, steps, shares)
+        slope, pushed = _along(rows, steps, shares)
         if options["line_search"]:
             if slope >= 0 and options["momentum"] > 0:
                 move, steps = move._replace(averaged=False), plain
-                slope, pushed = _along(rows, model, steps, shares)
+                slope, pushed = _along(rows, steps, shares)
             first = min(_GROW * options["step_size"], largest)
             tolerance = torch.finfo(loss.dtype).eps
             for trial in range(_TRIALS):
@@ -295,6 +310,27 @@ class EGN(Optimizer):
         self.param_groups[0].setdefault("damping_scale", 1.0)
 
 
+def _modelled(
+    objective: Objective, options: Group, params: Sequence[Tensor], name: str
+) -> tuple[OutputModel, Tensor, int]:
+    """Return the loss around the batch's outputs, its value, and the number of samples."""
+    loss_fn, declared = objective.loss_fn, options["loss"]
+    dtype = getattr(torch, options["solve_dtype"])
+    form = None if declared == AUTOGRAD else read_loss(loss_fn, declared, name, _OTHERS)
+    check_samplewise(objective.model, name)
+    outputs, targets = objective.outputs(), objective.targets
+    if form is None:
+        room = options["max_rows"] ** 2  # of the largest linear system
+        found = separable_model(loss_fn, outputs, targets, name, dtype, params=params, room=room)
+    else:
+        model = output_model(form, outputs, targets, name, dtype)
+        found = model, check_loss(model, loss_fn, outputs, targets, name)
+    return *found, len(outputs)
+
+
+_OTHERS = ' Any other loss that treats the samples one by one works with loss="autograd".'
+
+
 def _check_agreement(groups: Sequence[Group]) -> None:
     """Refuse groups that ask for different solutions."""
     first = groups[0]
@@ -328,11 +364,12 @@ def _loss_at(oracle: Oracle, steps: dict[Tensor, Tensor], sizes: dict[Tensor, An
 
 
 def _along(
-    rows: Rows, model: OutputModel, steps: dict[Tensor, Tensor], shares: dict[Tensor, float]
+    rows: Rows, steps: dict[Tensor, Tensor], shares: dict[Tensor, float]
 ) -> tuple[float, Tensor]:
-    r"""Return the loss's slope :math:`-q^\top V s / N` along a step, and :math:`V s`."""
-    pushed = rows.push([shares[p] * step for p, step in steps.items()])
-    return -float((model.q * pushed).sum()) / model.count, pushed
+    r"""Return the loss's slope along a step :math:`s`, and :math:`V s`."""
+    vectors = [shares[p] * step for p, step in steps.items()]
+    pushed = rows.push(vectors)
+    return rows.slope_along(vectors, pushed), pushed
 
 
 def _damping(options: Group) -> float:

@@ -2,6 +2,7 @@ r"""The rows :math:`V = L^\top J` of a batch: their Gram matrix, products and da
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
@@ -9,14 +10,17 @@ import torch
 from torch import Tensor
 
 from optimizers.curvature import OutputModel
-from optimizers.linalg.damped import damped_solve_, refined_solve
+from optimizers.linalg.damped import damped_factor_, damped_solve_, refined_solve
 from optimizers.objective import OracleError
 from optimizers.second_order.normal import normal_matrix
 from optimizers.second_order.terms import CHUNK, Factored, Formed, Layer, Shared, Term
 
 
 class Rows(ABC):
-    """``V``, of ``terms * c`` rows, in the columns of some parameters.
+    r"""``V``, of ``terms * c`` rows, in the columns of some parameters.
+
+    Where the loss has a rest :math:`r` of slope without curvature, the rows of :math:`J` give
+    ``rest``, :math:`J^\top r` for each parameter, and are forgotten.
 
     Args:
         shapes: The parameters' shapes.
@@ -27,6 +31,7 @@ class Rows(ABC):
         self._shapes = shapes
         self._model = model
         self._dtype = model.q.dtype
+        self._rest: list[Tensor] | None = None
 
     @abstractmethod
     def gram(self) -> Tensor:
@@ -43,17 +48,70 @@ class Rows(ABC):
     def solve(self, damping: float) -> list[Tensor]:
         r"""Return :math:`\delta = V^\top (V V^\top + N\lambda I)^{-1} q` for each parameter.
 
+        With a rest, :math:`(V^\top V + N\lambda I)^{-1} J^\top r` is added.
+
         Raises:
-            OracleError: If the Jacobian is not finite.
+            OracleError: If the Jacobian is not finite, or the damping too small for the rest.
         """
         q = self._model.q
         K = self.gram()
         finite(K.diagonal(), "Jacobian")  # the rows' squared norms
+        if self._rest is not None:
+            return self._with_rest(K, self._rest, damping)
         u = damped_solve_(K, q.flatten(), self._shift(damping))
         return self.pull(u.view_as(q))
 
+    def gradient(self) -> list[Tensor]:
+        r"""Return the loss's gradient, :math:`-(V^\top q + J^\top r) / N`."""
+        found = self.pull(self._model.q / -self._model.count)
+        if self._rest is None:
+            return found
+        return [g - w / self._model.count for g, w in zip(found, self._rest, strict=True)]
+
+    def slope_along(self, vectors: Sequence[Tensor], pushed: Tensor) -> float:
+        """Return the loss's slope along vectors, of which ``pushed`` is the product with V."""
+        total = float((self._model.q * pushed).sum())
+        if self._rest is not None:
+            parts = zip(self._rest, vectors, strict=True)
+            total += sum(float((w * v.to(w.dtype)).sum()) for w, v in parts)
+        return -total / self._model.count
+
+    def _with_rest(self, K: Tensor, rest: list[Tensor], damping: float) -> list[Tensor]:
+        r"""Return the direction, its part of the rest by Woodbury's identity, refined.
+
+        :math:`(V^\top V + s I)^{-1} w = (w - V^\top (V V^\top + s I)^{-1} V w) / s` takes a
+        difference, of which a small :math:`s` leaves fewer digits than a backward stable solution
+        has; the residual of the system itself gives them back.
+        """
+        q, shift = self._model.q, self._shift(damping)
+        solve = damped_factor_(K, shift)
+        found, left = self.pull(solve(q.flatten()).view_as(q)), rest
+        size = _norm(rest)
+        parts = [torch.zeros_like(w) for w in rest]
+        for _ in range(_REFINEMENTS):
+            inside = self.pull(solve(self.push(left).flatten()).view_as(q))
+            parts = [x + (w - v) / shift for x, w, v in zip(parts, left, inside, strict=True)]
+            image = self.pull(self.push(parts))
+            left = [w - v - shift * x for w, v, x in zip(rest, image, parts, strict=True)]
+        if not _norm(left) <= _SOLVED * size:
+            raise OracleError(
+                "damping must be larger where the loss has slope without curvature; got "
+                f"{damping:.3g}, which is rounding beside V^T V. Nothing has been changed. Raise "
+                "damping, or set solve_dtype to float64."
+            )
+        return [d + x for d, x in zip(found, parts, strict=True)]
+
     def _shift(self, damping: float) -> float:
         return self._model.count * damping  # the loss is a mean of so many parts
+
+
+# The solution of the part of the rest and two refinements (beside 1e9 times the damping, the
+# backward error falls from 1e-9 to 5e-15 to 3e-17), and the residual beyond which it is none.
+_REFINEMENTS, _SOLVED = 3, 0.1
+
+
+def _norm(parts: Sequence[Tensor]) -> float:
+    return float(torch.stack([part.norm() for part in parts]).norm())
 
 
 def finite(tensor: Tensor, what: str) -> Tensor:
@@ -74,6 +132,10 @@ class DenseRows(Rows):
         self._rows = model.q.numel()
         self._width = sum(shape.numel() for shape in shapes)
         self._blocks = []
+        if model.rest is not None:
+            self._blocks = [block.reshape(self._rows, -1) for block in blocks]
+            self._rest = self.pull(model.rest)  # of J, which is not whitened yet
+            self._blocks.clear()
         for block in blocks:
             block = block.reshape(*model.q.shape, -1).contiguous()  # it is written
             for columns in self._columns(block):
@@ -91,7 +153,10 @@ class DenseRows(Rows):
         V = torch.cat([block.to(self._dtype) for block in self._blocks], dim=1)
         normal = V.mT @ V
         finite(normal.diagonal(), "Jacobian")
-        solution = damped_solve_(normal, V.mT @ self._model.q.flatten(), self._shift(damping))
+        b = V.mT @ self._model.q.flatten()
+        if self._rest is not None:
+            b += torch.cat([w.flatten() for w in self._rest])
+        solution = damped_solve_(normal, b, self._shift(damping))
         parts = torch.split(solution, [s.numel() for s in self._shapes])
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
@@ -133,8 +198,10 @@ class LayeredRows(Rows):
     layers of :math:`(a_i \cdot a_j + 1)(B_i^k \cdot B_j^l)`, the 1 being the bias's.
 
     With cross-entropy :math:`\sqrt{p}^\top V = 0` for each term. The reflection that takes
-    :math:`\sqrt p` to :math:`-e_c` leaves out the last row of each term, and a tenth of the system
-    with ten classes: :math:`V'_j = V_j - \sqrt{p_j}\, V_c / (1 + \sqrt{p_c})`.
+    :math:`\sqrt p` to :math:`-e_k` leaves out the row of the likeliest class ``k`` of each term,
+    and a tenth of the system with ten classes:
+    :math:`V'_j = V_j - \sqrt{p_j}\, V_k / (1 + \sqrt{p_k})`. (Where a class of probability 1e-24
+    is left out, its large part of ``q`` drowns those of the others.)
     """
 
     def __init__(
@@ -143,24 +210,37 @@ class LayeredRows(Rows):
         super().__init__(shapes, model)
         # The rows themselves have no more digits than this.
         self._coarse = layers[0].slopes.dtype
-        # The reflection is sqrt(p_j) / (1 + sqrt(p_c)) for j < c, and sqrt(p_j).
+        # The reflection is sqrt(p_j) / (1 + sqrt(p_k)) for j != k, and sqrt(p_j), with the last
+        # class in the place of the likeliest.
         self._mirror: tuple[Tensor, Tensor] | None = None
         if model.mean is not None and model.mean.shape[1] > 1:
             roots = model.mean.sqrt()
-            self._mirror = roots[:, :-1] / (1 + roots[:, -1:]), roots[:, :-1]
+            self._likeliest = torch.arange(len(roots), device=roots.device), roots.argmax(1)
+            largest = roots[self._likeliest].unsqueeze(1)
+            roots[self._likeliest] = roots[:, -1].clone()
+            self._mirror = roots[:, :-1] / (1 + largest), roots[:, :-1]
         self._q = self._reduced(model.q)
-        self._terms: list[Term] = []
+        if model.rest is not None:
+            self._terms = self._terms_of(layers, functools.partial(_gathered, model.rest))
+            self._rest = self._pulled(torch.ones_like(model.rest[:, :1]))
+        self._terms = self._terms_of(layers, self._white)
+
+    def _terms_of(
+        self, layers: Sequence[Layer | Shared], change: Callable[[Tensor], Tensor]
+    ) -> list[Term]:
+        """Return the rows of the layers with other slopes."""
+        terms: list[Term] = []
         formed: dict[int, Tensor] = {}
         for layer in layers:
-            slopes = self._white(layer.slopes)
+            slopes = change(layer.slopes)
             if isinstance(layer, Layer):
                 layer = layer._replace(slopes=slopes)
-                self._terms.append(Factored(layer, self._dtype, self._coarse))
+                terms.append(Factored(layer, self._dtype, self._coarse))
                 continue
             for position, rows in layer.columns(slopes.to(self._coarse)):
                 # Several uses of a parameter are one row.
                 formed[position] = formed[position] + rows if position in formed else rows
-        self._terms += [Formed(k, rows, self._dtype) for k, rows in formed.items()]
+        return terms + [Formed(k, rows, self._dtype) for k, rows in formed.items()]
 
     def _white(self, slopes: Tensor) -> Tensor:
         r"""Return :math:`L^\top` times the slopes, reflected, in the working precision."""
@@ -173,7 +253,10 @@ class LayeredRows(Rows):
         if self._mirror is None:
             return rows
         ratio = self._mirror[0].view(*self._mirror[0].shape, *[1] * (rows.ndim - 2))
-        return rows[:, :-1] - ratio * rows[:, -1:]
+        largest = rows[self._likeliest].unsqueeze(1)
+        reduced = rows.clone()
+        reduced[self._likeliest] = rows[:, -1]
+        return reduced[:, :-1] - ratio * largest
 
     def _expanded(self, u: Tensor) -> Tensor:
         """Return vectors over all rows that have these parts and none along sqrt(p)."""
@@ -181,7 +264,10 @@ class LayeredRows(Rows):
             return u
         ratio, roots = (t.view(*t.shape, *[1] * (u.ndim - 2)) for t in self._mirror)
         along = (roots * u).sum(1, keepdim=True)
-        return torch.cat([u - ratio * along, -along], dim=1)
+        full = torch.cat([u - ratio * along, -along], dim=1)
+        full[:, -1] = full[self._likeliest]
+        full[self._likeliest] = -along.squeeze(1)
+        return full
 
     def solve(self, damping: float) -> list[Tensor]:
         r"""Return the direction: factorised in the rows' precision, refined in the working one.
@@ -193,6 +279,8 @@ class LayeredRows(Rows):
         finite(torch.stack([term.total() for term in self._terms]), "Jacobian")
         if sum(shape.numel() for shape in self._shapes) < self._q.numel():
             return self._normal_solve(damping)
+        if self._rest is not None:
+            return self._with_rest(self._gram(self._dtype), self._rest, damping)
         u = self._refined(self._gram, self._apply, self._q.flatten(), damping)
         return self._pulled(u.view_as(self._q))
 
@@ -200,6 +288,9 @@ class LayeredRows(Rows):
         r"""Return the direction from :math:`V^\top V`."""
         widths = [shape.numel() for shape in self._shapes]
         pieces = [piece for term in self._terms for piece in term.pieces()]
+        b = torch.cat([part.flatten() for part in self._pulled(self._q)])
+        if self._rest is not None:
+            b += torch.cat([w.flatten() for w in self._rest])
 
         def split(x: Tensor) -> list[Tensor]:
             parts = zip(torch.split(x, widths), self._shapes, strict=True)
@@ -212,7 +303,7 @@ class LayeredRows(Rows):
             self._refined(
                 lambda dtype: normal_matrix(pieces, widths, dtype),
                 lambda x: joined(self._pushed(split(x))),
-                joined(self._q),
+                b,
                 damping,
             )
         )
@@ -269,6 +360,12 @@ class LayeredRows(Rows):
 
     def _pushed(self, vectors: Sequence[Tensor]) -> Tensor:
         return torch.stack([term.push(vectors) for term in self._terms]).sum(0)
+
+
+def _gathered(weights: Tensor, slopes: Tensor) -> Tensor:
+    """Return the slopes ``(b, 1, ...)`` of the outputs' sum with weights ``(b, c)``."""
+    flat = torch.einsum("nc,ncm->nm", weights, slopes.flatten(2).to(weights.dtype))
+    return flat.view(len(flat), 1, *slopes.shape[2:])
 
 
 # Strips of rows of a symmetric matrix, each as long as its diagonal block needs: 5/8 of the work.
