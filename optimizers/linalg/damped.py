@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from optimizers.linalg.workspace import room
+
 
 def damped_solve_(A: Tensor, b: Tensor, damping: float) -> Tensor:
     r"""Return :math:`(A + \lambda I)^{-1} b` for a symmetric positive semidefinite ``A``.
@@ -50,8 +52,8 @@ def damped_factor_(A: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
     return solve_kept
 
 
-# Conjugate gradients with the factor of the rounded matrix: two or three steps where float32 holds
-# it, some ten more where its condition number approaches that of float32.
+# Steps of conjugate gradients with the factor of the rounded matrix, some ten of which are needed
+# where its condition number approaches that of float32. Elsewhere two rounds of refinement do.
 _REFINEMENTS = 24
 
 
@@ -60,8 +62,9 @@ def refined_solve(
 ) -> Tensor | None:
     r"""Return :math:`(A + \lambda I)^{-1} b` to the precision of ``b`` from a coarser ``A``.
 
-    The Cholesky factor of the coarse matrix is the preconditioner of conjugate gradients for the
-    exact one, of which only products are needed. The result has the backward error of a Cholesky
+    The Cholesky factor of the coarse matrix solves for the residuals of the exact one, of which
+    only products are needed, and is the preconditioner of conjugate gradients where that converges
+    slowly. The result has the backward error of a Cholesky
     solution in the precision of ``b``, :math:`4\epsilon\,(\|A\|_F\|x\| + \|b\|)`.
 
     Args:
@@ -75,7 +78,10 @@ def refined_solve(
     """
     A.diagonal().add_(damping)
     size = float(torch.linalg.matrix_norm(A))
-    factor, info = torch.linalg.cholesky_ex(A)
+    # Column by column, as LAPACK has it: a factor by rows would be copied there and back.
+    factor = room(tuple(A.shape), A.dtype, A.device, "factor").mT
+    info = torch.empty((), dtype=torch.int32, device=A.device)
+    torch.linalg.cholesky_ex(A, out=(factor, info))
     if int(info) != 0:
         return None
 
@@ -87,20 +93,45 @@ def refined_solve(
         found: Tensor = solved.to(r.dtype) * scale
         return found
 
-    x, r = torch.zeros_like(b), b
-    direction, last = torch.zeros_like(b), 1.0
+    def product(x: Tensor) -> Tensor:
+        return apply(x) + damping * x
+
+    def solved(x: Tensor, r: Tensor) -> bool:
+        return float(r.norm()) <= 4 * eps * (size * float(x.norm()) + float(b.norm()))
+
     eps = torch.finfo(b.dtype).eps
+    # Plain refinement, as long as each round gains a digit: its residuals are those of x itself.
+    x = precondition(b)
+    r = b - product(x)
+    while not solved(x, r):
+        closer = x + precondition(r)
+        left = b - product(closer)
+        if not float(left.norm()) <= float(r.norm()) / 10:
+            return _conjugate_gradients(precondition, product, solved, b, x, r)
+        x, r = closer, left
+    return x
+
+
+def _conjugate_gradients(
+    precondition: Callable[[Tensor], Tensor],
+    product: Callable[[Tensor], Tensor],
+    solved: Callable[[Tensor, Tensor], bool],
+    b: Tensor,
+    x: Tensor,
+    r: Tensor,
+) -> Tensor | None:
+    """Go on from ``x`` with the residual ``r``; ``None`` if it gets nowhere."""
+    direction, last = torch.zeros_like(x), 1.0
     for _ in range(_REFINEMENTS):
         z = precondition(r)
-        product = float(r @ z)
-        direction = z + direction * (product / last)
-        last = product
-        image = apply(direction) + damping * direction
-        step = product / float(direction @ image)
+        size = float(r @ z)
+        direction = z + direction * (size / last)
+        last = size
+        image = product(direction)
+        step = size / float(direction @ image)
         x, r = x + direction * step, r - image * step
-        enough = 4 * eps * (size * float(x.norm()) + float(b.norm()))
-        if float(r.norm()) <= enough:
-            r = b - apply(x) - damping * x  # what is accepted must solve, not only seem to
-            if float(r.norm()) <= enough:
+        if solved(x, r):
+            r = b - product(x)  # what is accepted must solve, not only seem to
+            if solved(x, r):
                 return x
     return None

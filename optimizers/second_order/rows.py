@@ -11,6 +11,7 @@ from torch import Tensor
 
 from optimizers.curvature import OutputModel
 from optimizers.linalg.damped import damped_factor_, damped_solve_, refined_solve
+from optimizers.linalg.workspace import room
 from optimizers.objective import OracleError
 from optimizers.second_order.normal import normal_matrix
 from optimizers.second_order.terms import CHUNK, Factored, Formed, Layer, Shared, Term
@@ -245,8 +246,18 @@ class LayeredRows(Rows):
     def _white(self, slopes: Tensor) -> Tensor:
         r"""Return :math:`L^\top` times the slopes, reflected, in the working precision."""
         flat = slopes.flatten(2).to(self._dtype)
-        rows = self._reduced(self._model.whiten(flat))
+        if flat.shape[1] <= _FEW:
+            rows = torch.bmm(self._whitener, flat)
+        else:
+            rows = self._reduced(self._model.whiten(flat))
         return rows.view(*rows.shape[:2], *slopes.shape[2:])
+
+    @functools.cached_property
+    def _whitener(self) -> Tensor:
+        r"""What :meth:`_white` does, as a matrix for each sample: one pass over the slopes."""
+        b, c = self._model.q.shape
+        unit = torch.eye(c, dtype=self._dtype, device=self._model.q.device)
+        return self._reduced(self._model.whiten(unit.expand(b, c, c)))
 
     def _reduced(self, rows: Tensor) -> Tensor:
         """Return ``(n, c - 1, ...)`` of ``(n, c, ...)``, or all where no row is left out."""
@@ -332,7 +343,7 @@ class LayeredRows(Rows):
     def _gram(self, dtype: torch.dtype) -> Tensor:
         """Return the Gram matrix; above the diagonal only parts are filled."""
         b, c = self._q.shape
-        K = self._q.new_zeros(b, c, b, c, dtype=dtype)
+        K = room((b, c, b, c), dtype, self._q.device, "rows gram").zero_()
         for begin in range(0, b, step := max(1, -(-b // _STRIPES))):
             end = min(begin + step, b)
             for term in self._terms:
@@ -368,5 +379,7 @@ def _gathered(weights: Tensor, slopes: Tensor) -> Tensor:
     return flat.view(len(flat), 1, *slopes.shape[2:])
 
 
+# Outputs up to which whitening by a matrix costs less than passes over the slopes.
+_FEW = 64
 # Strips of rows of a symmetric matrix, each as long as its diagonal block needs: 5/8 of the work.
 _STRIPES = 4

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from optimizers.linalg.workspace import room
 from optimizers.second_order.layers import Columns
 from optimizers.second_order.normal import Piece
 
@@ -87,7 +88,9 @@ class Factored(Term):
             self._rounded[dtype] = self._B.flatten(0, 1).to(dtype), self._inner.to(dtype)
         flat, inner = self._rounded[dtype]
         length, c, end, _ = strip.shape
-        part = flat[begin * c : (begin + length) * c] @ flat[: end * c].mT
+        upper, lower = flat[begin * c : (begin + length) * c], flat[: end * c]
+        part = room((len(upper), len(lower)), dtype, flat.device, "rows strip")
+        torch.mm(upper, lower.mT, out=part)
         strip.addcmul_(part.view(strip.shape), inner[begin : begin + length, None, :end, None])
 
     def pull(self, u: Tensor) -> dict[int, Tensor]:
