@@ -1,5 +1,7 @@
 """Rows by layers equal per-sample Jacobians, over architectures."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +15,7 @@ from optimizers.second_order import jacobian, normal
 from optimizers.second_order.jacobian import batch_rows
 from optimizers.second_order.normal import Piece, normal_matrix
 from optimizers.second_order.rows import DenseRows, LayeredRows
+from optimizers.second_order.terms import Formed
 from tests.test_egn import Opaque
 
 D = torch.float64
@@ -223,6 +226,49 @@ def test_the_normal_matrix_is_that_of_the_rows(widths, samples, outputs, seed, o
             found = normal_matrix(pieces, [r.shape[1] for r in rows], D)
         expected = (V.T @ V).tril()
         torch.testing.assert_close(found.tril(), expected, rtol=1e-13, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "build", [Attention, conv1d, lambda: cnn(4, 3, 1, 1, 1, 1, "group", False)]
+)
+def test_rows_that_do_not_fit_are_formed_for_each_product(build):
+    model = seeded(build(), 3)
+    inputs = 12 if build in (Attention, conv1d) else 72
+    objective = Objective(model, functional.cross_entropy).on(
+        torch.randn(B, inputs, dtype=D), torch.tensor([0, 1, 2, 0])
+    )
+    params = list(model.parameters())
+    f = output_model(LossForm("cross_entropy"), objective.outputs(), objective.targets, "EGN")
+    found = {}
+    sizes = sorted(8 * p.numel() for p in params)  # 4 samples, 3 classes less one
+    for memory in (math.inf, sum(sizes[:3]), 0):
+        rows = batch_rows(objective, params, f, batch=B, chunk=None, rule="EGN", memory=memory)
+        vectors = [torch.ones_like(p) for p in params]
+        found[memory] = [rows.gram(), rows.push(vectors), *rows.solve(0.3), *rows.pull(f.q)]
+        formed = [term for term in rows._terms if isinstance(term, Formed)]
+        kept = [params[term._position].numel() for term in formed if term._kept is not None]
+        dropped = [params[term._position].numel() for term in formed if term._kept is None]
+        assert 8 * sum(kept) <= memory
+        assert bool(dropped) == (memory < math.inf)
+        assert not kept or not dropped or max(kept) <= min(dropped)
+    for other in (sum(sizes[:3]), 0):
+        for mine, expected in zip(found[other], found[math.inf], strict=True):
+            torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_a_budget_of_rows_changes_no_step():
+    ends = []
+    for memory in (2**28, 0):
+        model = seeded(conv1d(), 0)
+        rule = EGN(model.parameters(), damping=0.1, row_memory=memory, line_search=True)
+        objective = Objective(model, functional.cross_entropy)
+        for k in range(5):
+            generator = torch.Generator().manual_seed(k)
+            x = torch.randn(B, 12, generator=generator, dtype=D)
+            rule.step(objective.on(x, torch.tensor([0, 1, 2, 0])))
+        ends.append([p.detach() for p in model.parameters()])
+    for p, q in zip(*ends, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1, 2), (3,)])

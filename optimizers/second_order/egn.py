@@ -26,7 +26,7 @@ _DAMPING_LIMITS = (1e-12, 1e12)  # the adaptation never leaves them
 
 _SOLVE_OPTIONS = (
     *("damping", "momentum", "loss", "line_search", "adaptive_damping"),
-    *("max_rows", "chunk", "solve_dtype"),
+    *("max_rows", "chunk", "row_memory", "solve_dtype"),
 )
 
 
@@ -117,6 +117,10 @@ class EGN(Optimizer):
         max_rows: Largest linear system, an int from 1 on.
         chunk: Samples whose Jacobian is computed at once, or ``None`` for all; for models that
             give it sample by sample.
+        row_memory: Elements of the rows of convolutions, normalisations, embeddings and layers that
+            act at several places which are kept in memory, an int from 0 on (1 GB of float32);
+            beyond it they are formed anew for every product, one parameter at a time, which takes
+            longer. (With fewer parameters than rows all are formed at once.)
         solve_dtype: ``"float64"`` or ``"float32"``, of the linear system. The rows of a float32
             model by layers are multiplied and factorised in float32 in either case; with
             ``"float64"`` that factor is the preconditioner of an exact solution (conjugate
@@ -157,6 +161,7 @@ class EGN(Optimizer):
         "weight_decay": "[0, inf)",
         "max_rows": "int [1, inf)",
         "chunk": "int [1, inf) or None",
+        "row_memory": "int [0, inf)",
         "solve_dtype": "{float64, float32}",
     }
 
@@ -175,6 +180,7 @@ class EGN(Optimizer):
         weight_decay: float = 0.0,
         max_rows: int = 8192,
         chunk: int | None = None,
+        row_memory: int = 2**28,
         solve_dtype: torch.dtype | str = "float64",
     ) -> None:
         super().__init__(
@@ -189,6 +195,7 @@ class EGN(Optimizer):
                 "weight_decay": weight_decay,
                 "max_rows": max_rows,
                 "chunk": chunk,
+                "row_memory": row_memory,
                 "solve_dtype": str(solve_dtype).removeprefix("torch."),
             },
         )
@@ -199,7 +206,7 @@ class EGN(Optimizer):
         ranges.check_all(group, {"step_size": "(0, inf]", "damping_scale": "(0, inf)"})
         groups = getattr(self, "param_groups", ())
         if any(group is other for other in groups):  # loaded ones are compared at the step
-            _check_agreement(groups)
+            ranges.check_alike(groups, _SOLVE_OPTIONS, "are solved together")
 
     def init_state(self, p: Tensor, group: Group) -> State:
         """Return the averaged direction, at zero."""
@@ -208,7 +215,7 @@ class EGN(Optimizer):
     def probe(self, oracle: Oracle) -> tuple[Tensor | None, Signal]:
         """Solve for the directions of all parameters and find the step size."""
         name, objective, options = type(self).__name__, oracle.objective, self.param_groups[0]
-        _check_agreement(self.param_groups)
+        ranges.check_alike(self.param_groups, _SOLVE_OPTIONS, "are solved together")
         members = [(p, g) for g in self.param_groups for p in g["params"] if p.requires_grad]
         if any("exp_avg" not in self.state[p] for p, g in members if g["momentum"] > 0):
             raise ValueError(
@@ -225,7 +232,13 @@ class EGN(Optimizer):
             params = list(groups)
             _check_size(model, params, options["max_rows"])
             rows = batch_rows(
-                objective, params, model, batch=batch, chunk=options["chunk"], rule=name
+                objective,
+                params,
+                model,
+                batch=batch,
+                chunk=options["chunk"],
+                rule=name,
+                memory=options["row_memory"],
             )
             plain = {
                 p: finite(d.to(torch.promote_types(p.dtype, torch.float32)), "direction")
@@ -329,18 +342,6 @@ def _modelled(
 
 
 _OTHERS = ' Any other loss that treats the samples one by one works with loss="autograd".'
-
-
-def _check_agreement(groups: Sequence[Group]) -> None:
-    """Refuse groups that ask for different solutions."""
-    first = groups[0]
-    for index, group in enumerate(groups):
-        for name in _SOLVE_OPTIONS:
-            if group[name] != first[name]:
-                raise ValueError(
-                    f"{name} must be the same in all groups, which are solved together; got "
-                    f"{group[name]!r} in group {index}, {first[name]!r} in group 0. Set it alike."
-                )
 
 
 def _check_size(model: OutputModel, params: Iterable[Tensor], largest: int) -> None:

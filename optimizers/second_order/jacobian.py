@@ -8,6 +8,7 @@ its samples one by one gives dense rows, by ``vmap(jacrev)``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from optimizers.curvature import LossForm, OutputModel
-from optimizers.objective import Objective, OracleError
+from optimizers.objective import Objective, OracleError, each_tensor
 from optimizers.second_order.layers import columns_of, is_altered, observe, watched
 from optimizers.second_order.rows import DenseRows, LayeredRows, Rows
 from optimizers.second_order.terms import Layer, Shared
@@ -30,6 +31,7 @@ def batch_rows(
     batch: int,
     chunk: int | None,
     rule: str,
+    memory: float = math.inf,
 ) -> Rows:
     """Return the rows of the bound batch; their backward passes are counted as ``vjp``.
 
@@ -40,13 +42,14 @@ def batch_rows(
         batch: Number of samples.
         chunk: Samples whose Jacobian is computed at once, or ``None`` for all.
         rule: The optimizer's name, for messages.
+        memory: Elements of rows of shared layers that are kept.
 
     Raises:
         OracleError: If the model is no deterministic function of one sample.
     """
     objective.names(params)  # refuses parameters of another model
     rows = _layered_rows(objective, params, model, rule)
-    rows = rows or _observed_rows(objective, params, model, batch, rule)
+    rows = rows or _observed_rows(objective, params, model, batch, memory, rule)
     if rows is not None:
         return rows
     return _dense_rows(objective, params, model, batch, chunk, rule)
@@ -130,7 +133,12 @@ def _layered_rows(
 
 
 def _observed_rows(
-    objective: Objective, params: list[Tensor], model: OutputModel, batch: int, rule: str
+    objective: Objective,
+    params: list[Tensor],
+    model: OutputModel,
+    batch: int,
+    memory: float,
+    rule: str,
 ) -> LayeredRows | None:
     """Return the rows of a model of known layers, or ``None`` if it holds other parameters.
 
@@ -156,10 +164,11 @@ def _observed_rows(
         gradient = torch.autograd.grad(values, params, slope, allow_unused=True)
     objective.counts.vjp += c + 1
     _check_same(values.detach(), model, rule)
-    half = [a[: (b + 1) // 2] if _is_batched(a, b) else a for a in objective.arguments]
+    few = (b + 1) // 2
+    half = each_tensor(objective.arguments, lambda a: a[:few] if _is_batched(a, b) else a)
     with torch.no_grad():
         again = objective.model(*half)
-    if not _is_close(again, values.detach()[: (b + 1) // 2]):
+    if len(again) != few or not _is_close(again, values.detach()[:few]):
         return None
     positions = {id(p): k for k, p in enumerate(params)}
     known = [p for use in uses for p in use.module.parameters(recurse=False) if id(p) in positions]
@@ -171,10 +180,11 @@ def _observed_rows(
             weight, bias = (positions.get(id(p)) for p in (use.module.weight, use.module.bias))
             layers.append(Layer(use.inputs, B, weight, bias))
         else:
-            layers.append(Shared(B, columns_of(use, positions)))
+            held = [positions[k] for k in dict.fromkeys(own)]
+            layers.append(Shared(B, columns_of(use, positions), held))
     if {id(p) for p in known} != set(positions):
         return None
-    rows = LayeredRows(layers, [p.shape for p in params], model)
+    rows = LayeredRows(layers, [p.shape for p in params], model, memory)
     found = rows.gradient()
     expected = [
         torch.zeros_like(mine) if g is None else g for g, mine in zip(gradient, found, strict=True)
@@ -268,7 +278,7 @@ def _dense_rows(
         # The fused attention kernels have no rule for vmap and would run sample by sample.
         with sdpa_kernel(SDPBackend.MATH):
             jacobian, outputs = rows([p.detach() for p in params], *arguments)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise OracleError(
             f"{rule} cannot differentiate the outputs of single samples ({error}). {_SAMPLEWISE}"
         ) from error
@@ -287,6 +297,11 @@ def _check_same(outputs: Tensor, model: OutputModel, rule: str) -> None:
     """Refuse outputs that another evaluation of the model does not repeat."""
     dtypes = (outputs.dtype, model.outputs.dtype)
     rounding = min(1e3 * max(torch.finfo(dtype).eps for dtype in dtypes), 0.05)
+    if outputs.numel() != model.outputs.numel():
+        raise OracleError(
+            f"{rule} got {outputs.numel()} outputs when it evaluated the samples again, one by "
+            f"one, and {model.outputs.numel()} for the batch. {_SAMPLEWISE}"
+        )
     gap = float((outputs.reshape(model.outputs.shape) - model.outputs).abs().max())
     if not gap <= rounding * (1 + float(model.outputs.abs().max())):
         raise OracleError(

@@ -3,6 +3,7 @@ r"""The rows :math:`V = L^\top J` of a batch: their Gram matrix, products and da
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
@@ -203,12 +204,24 @@ class LayeredRows(Rows):
     and a tenth of the system with ten classes:
     :math:`V'_j = V_j - \sqrt{p_j}\, V_k / (1 + \sqrt{p_k})`. (Where a class of probability 1e-24
     is left out, its large part of ``q`` drowns those of the others.)
+
+    Args:
+        layers: All uses of the parameters.
+        shapes: The parameters' shapes.
+        model: The loss around the present outputs.
+        memory: Elements of formed rows that are kept, the smallest parameters' first; the others
+            are formed anew, one parameter at a time, for every product with them.
     """
 
     def __init__(
-        self, layers: Sequence[Layer | Shared], shapes: list[torch.Size], model: OutputModel
+        self,
+        layers: Sequence[Layer | Shared],
+        shapes: list[torch.Size],
+        model: OutputModel,
+        memory: float = math.inf,
     ) -> None:
         super().__init__(shapes, model)
+        self._memory = memory
         # The rows themselves have no more digits than this.
         self._coarse = layers[0].slopes.dtype
         # The reflection is sqrt(p_j) / (1 + sqrt(p_k)) for j != k, and sqrt(p_j), with the last
@@ -231,17 +244,22 @@ class LayeredRows(Rows):
     ) -> list[Term]:
         """Return the rows of the layers with other slopes."""
         terms: list[Term] = []
-        formed: dict[int, Tensor] = {}
+        uses: dict[int, list[Shared]] = {}
         for layer in layers:
             slopes = change(layer.slopes)
             if isinstance(layer, Layer):
                 layer = layer._replace(slopes=slopes)
                 terms.append(Factored(layer, self._dtype, self._coarse))
                 continue
-            for position, rows in layer.columns(slopes.to(self._coarse)):
-                # Several uses of a parameter are one row.
-                formed[position] = formed[position] + rows if position in formed else rows
-        return terms + [Formed(k, rows, self._dtype) for k, rows in formed.items()]
+            layer = layer._replace(slopes=slopes.to(self._coarse))
+            for position in layer.positions:
+                uses.setdefault(position, []).append(layer)
+        left = self._memory
+        for position in sorted(uses, key=lambda k: self._shapes[k].numel()):
+            left -= self._q.numel() * self._shapes[position].numel()
+            form = functools.partial(_formed, uses[position], position)
+            terms.append(Formed(position, form, self._dtype, keep=left >= 0))
+        return terms
 
     def _white(self, slopes: Tensor) -> Tensor:
         r"""Return :math:`L^\top` times the slopes, reflected, in the working precision."""
@@ -344,10 +362,12 @@ class LayeredRows(Rows):
         """Return the Gram matrix; above the diagonal only parts are filled."""
         b, c = self._q.shape
         K = room((b, c, b, c), dtype, self._q.device, "rows gram").zero_()
-        for begin in range(0, b, step := max(1, -(-b // _STRIPES))):
-            end = min(begin + step, b)
-            for term in self._terms:
-                term.add_to_strip_(K[begin:end, :, :end], begin)
+        step = max(1, -(-b // _STRIPES))
+        for term in self._terms:
+            with term.held():
+                for begin in range(0, b, step):
+                    end = min(begin + step, b)
+                    term.add_to_strip_(K[begin:end, :, :end], begin)
         return K.view(b * c, b * c)
 
     def _apply(self, u: Tensor) -> Tensor:
@@ -371,6 +391,12 @@ class LayeredRows(Rows):
 
     def _pushed(self, vectors: Sequence[Tensor]) -> Tensor:
         return torch.stack([term.push(vectors) for term in self._terms]).sum(0)
+
+
+def _formed(uses: Sequence[Shared], position: int) -> Tensor:
+    """Return the rows of one parameter: the sum of its uses."""
+    found = [rows for use in uses for k, rows in use.columns(use.slopes) if k == position]
+    return functools.reduce(torch.add, found)
 
 
 def _gathered(weights: Tensor, slopes: Tensor) -> Tensor:

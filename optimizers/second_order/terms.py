@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +16,10 @@ from optimizers.second_order.layers import Columns
 from optimizers.second_order.normal import Piece
 
 CHUNK = 1 << 22  # elements that are converted to the working dtype at once
+
+
+# One vector for each parameter, by its position.
+Vectors: TypeAlias = Sequence[Tensor] | Mapping[int, Tensor]
 
 
 class Layer(NamedTuple):
@@ -31,10 +36,15 @@ class Shared(NamedTuple):
 
     slopes: Tensor  # (b, c, *outputs)
     columns: Columns
+    positions: Sequence[int]  # of the columns' parameters
 
 
 class Term(ABC):
     """The rows in some of the columns."""
+
+    def held(self) -> AbstractContextManager[object]:
+        """Return a context in which rows that are not kept are made once."""
+        return nullcontext()
 
     @abstractmethod
     def add_to_strip_(self, strip: Tensor, begin: int) -> None:
@@ -50,7 +60,7 @@ class Term(ABC):
         r"""Return :math:`V^\top u` for each of its parameters, flat or shaped."""
 
     @abstractmethod
-    def push(self, vectors: Sequence[Tensor]) -> Tensor:
+    def push(self, vectors: Vectors) -> Tensor:
         """Return ``V`` times the vectors of its parameters."""
 
     @abstractmethod
@@ -102,7 +112,7 @@ class Factored(Term):
             found[self._bias] = summed.sum(0)
         return found
 
-    def push(self, vectors: Sequence[Tensor]) -> Tensor:
+    def push(self, vectors: Vectors) -> Tensor:
         """See :class:`Term`."""
         h = torch.zeros_like(self._B[:, 0])
         if self._weight is not None:
@@ -127,57 +137,82 @@ class Factored(Term):
 
 
 class Formed(Term):
-    """The rows of one parameter as they are, ``(b, c, numel)``, in their own precision."""
+    """The rows of one parameter as they are, ``(b, c, numel)``, in their own precision.
 
-    def __init__(self, position: int, rows: Tensor, dtype: torch.dtype) -> None:
-        self._position, self._rows, self._dtype = position, rows, dtype
+    Args:
+        position: Of the parameter.
+        form: Makes the rows.
+        dtype: The working one.
+        keep: Whether they stay in memory; otherwise each use makes them anew.
+    """
+
+    def __init__(
+        self, position: int, form: Callable[[], Tensor], dtype: torch.dtype, *, keep: bool
+    ) -> None:
+        self._position, self._form, self._dtype = position, form, dtype
+        self._kept = form() if keep else None
+
+    @contextmanager
+    def held(self) -> Iterator[Tensor]:
+        """See :class:`Term`; the value is the rows."""
+        before = self._kept
+        self._kept = self._form() if before is None else before
+        try:
+            yield self._kept
+        finally:
+            self._kept = before
 
     def add_to_strip_(self, strip: Tensor, begin: int) -> None:
         """See :class:`Term`."""
         length, _, end, _ = strip.shape
         flat = strip.view(length * strip.shape[1], -1) if strip.is_contiguous() else None
-        for columns in self._parts():
-            upper = columns[begin : begin + length].flatten(0, 1).to(strip.dtype)
-            product = upper @ columns[:end].flatten(0, 1).to(strip.dtype).mT
-            if flat is not None:
-                flat.add_(product)
-            else:
-                strip.add_(product.view(strip.shape))
-
-    def _parts(self) -> Sequence[Tensor]:
-        """Cut the columns into parts that stay small in the working dtype."""
-        b, c, _ = self._rows.shape
-        return torch.split(self._rows, max(1, CHUNK // (b * c)), dim=-1)
+        with self.held() as rows:
+            for columns in _parts(rows):
+                upper = columns[begin : begin + length].flatten(0, 1).to(strip.dtype)
+                product = upper @ columns[:end].flatten(0, 1).to(strip.dtype).mT
+                if flat is not None:
+                    flat.add_(product)
+                else:
+                    strip.add_(product.view(strip.shape))
 
     def pull(self, u: Tensor) -> dict[int, Tensor]:
         """See :class:`Term`."""
         u = u.flatten()
-        parts = [p.flatten(0, 1).to(self._dtype).mT @ u for p in self._parts()]
+        with self.held() as rows:
+            parts = [p.flatten(0, 1).to(self._dtype).mT @ u for p in _parts(rows)]
         return {self._position: torch.cat(parts)}
 
-    def push(self, vectors: Sequence[Tensor]) -> Tensor:
+    def push(self, vectors: Vectors) -> Tensor:
         """See :class:`Term`."""
-        flat = vectors[self._position].reshape(-1).to(self._dtype)
-        return self._times(flat)
-
-    def _times(self, vector: Tensor) -> Tensor:
-        total, start = self._rows.new_zeros(self._rows.shape[:2], dtype=self._dtype), 0
-        for part in self._parts():
-            total += part.to(self._dtype) @ vector[start : start + part.shape[-1]]
-            start += part.shape[-1]
+        vector, start = vectors[self._position].reshape(-1).to(self._dtype), 0
+        with self.held() as rows:
+            total = rows.new_zeros(rows.shape[:2], dtype=self._dtype)
+            for part in _parts(rows):
+                total += part.to(self._dtype) @ vector[start : start + part.shape[-1]]
+                start += part.shape[-1]
         return total
 
     def apply(self, u: Tensor) -> Tensor:
         """See :class:`Term`."""
-        return self._times(self.pull(u)[self._position])
+        with self.held():
+            pulled = self.pull(u)[self._position]
+            return self.push({self._position: pulled})
 
     def pieces(self) -> list[Piece]:
         """See :class:`Term`."""
-        return [Piece(self._position, self._rows, None)]
+        with self.held() as rows:
+            return [Piece(self._position, rows, None)]
 
     def total(self) -> Tensor:
         """See :class:`Term`."""
-        return self._rows.sum(dtype=self._dtype)
+        with self.held() as rows:
+            return rows.sum(dtype=self._dtype)
+
+
+def _parts(rows: Tensor) -> Sequence[Tensor]:
+    """Cut the columns into parts that stay small in the working dtype."""
+    b, c, _ = rows.shape
+    return torch.split(rows, max(1, CHUNK // (b * c)), dim=-1)
 
 
 def _matmul(A: Tensor, B: Tensor, coarse: torch.dtype) -> Tensor:
