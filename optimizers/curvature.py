@@ -237,10 +237,12 @@ def _targets(
     labels = entropy and not targets.is_floating_point()
     expected = (outputs.shape[0], *outputs.shape[2:]) if labels else tuple(outputs.shape)
     if tuple(targets.shape) != expected:
+        remedy = "Reshape them: broadcasting would pair every output with every target."
+        if labels and tuple(targets.shape) == tuple(outputs.shape[:-1]):
+            remedy = "Classes go in dimension 1, as in torch: move them there, outputs.mT."
         raise ValueError(
             f"targets must have the shape {expected} for {form.name} and outputs of "
-            f"{_shape(outputs)}; got {tuple(targets.shape)}. Reshape them: broadcasting would "
-            "pair every output with every target."
+            f"{_shape(outputs)}; got {tuple(targets.shape)}. {remedy}"
         )
     if labels:
         classes = outputs.shape[1]

@@ -379,3 +379,14 @@ def test_a_shift_by_the_largest_output_is_no_coupling() -> None:
     for net, loss_fn in ((model, shifted), (other, nn.CrossEntropyLoss())):
         EGN(net.parameters(), loss="autograd").step(Objective(net, loss_fn).on(x, y.softmax(1)))
     torch.testing.assert_close([*model.parameters()], [*other.parameters()], rtol=1e-11, atol=1e-12)
+
+
+def test_classes_in_the_last_dimension_are_told_where_to_go():
+    model = nn.Linear(3, 4).double()
+    objective = Objective(
+        model, lambda f, y: functional.cross_entropy(f.flatten(0, 1), y.flatten())
+    )
+    rule = EGN(model.parameters(), loss="cross_entropy")
+    x, y = torch.randn(2, 5, 3, dtype=D), torch.zeros(2, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"Classes go in dimension 1.*outputs\.mT"):
+        rule.step(objective.on(x, y))
