@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from optimizers import checkpoint, distributed, ranges
 from optimizers.exchange import Batch, everywhere, local_batches, whole_batches
-from optimizers.oracle import Needs, Oracle, as_oracle
+from optimizers.oracle import Needs, Oracle, as_oracle, without_cast_cache
 
 __all__ = ["Group", "Needs", "Optimizer", "Scope", "Signal", "State"]
 
@@ -198,7 +198,10 @@ class Optimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 if not self.state.get(p):  # cleared, or partly loaded
                     self._make_state(p, group)
-        loss, signal = self.probe(oracle)
+        # A rule that evaluates at several points must not get casts of the first one.
+        once = closure is None or self.needs is Needs.GRADIENTS
+        with contextlib.nullcontext() if once else without_cast_cache():
+            loss, signal = self.probe(oracle)
         # Everything that can be refused is refused here, before the first write.
         batches = [batch for group in self.param_groups for batch in self._batches(group, signal)]
         for batch in batches:

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _NormBase
 
-from optimizers.functional.derivatives import Expansion, gradients, hessian_product
+from optimizers.functional.derivatives import (
+    Expansion,
+    gradients,
+    hessian_product,
+    refuse_single,
+    twice_differentiable,
+)
 
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]
 
@@ -132,7 +138,7 @@ class Objective:
             OracleError: If the tensors differ in it, so that no sample can be told apart.
         """
         found: set[int] = set()
-        _each_tensor(self._bound(), lambda t: found.add(len(t)))
+        each_tensor(self._bound(), lambda t: found.add(len(t)))
         if len(found) > 1:
             raise OracleError(
                 "samples cannot be told apart: the tensors of the batch have the first dimensions "
@@ -158,7 +164,7 @@ class Objective:
                 "this Objective's batch has no samples to choose from; bind tensors with one row "
                 "for each sample: objective.on(inputs, targets)."
             )
-        return self.on(*_each_tensor(self._bound(), lambda t: t[indices.to(t.device)]))
+        return self.on(*each_tensor(self._bound(), lambda t: t[indices.to(t.device)]))
 
     def _checked(self, loss: Tensor) -> Tensor:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -236,7 +242,7 @@ class Objective:
 
     def hvp(self, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
         """Return the product of the Hessian of the loss with ``vectors``."""
-        with torch.enable_grad():
+        with torch.enable_grad(), twice_differentiable():
             products = hessian_product(self._forward(), params, vectors)
         self.counts.hvp += 1
         return products
@@ -256,7 +262,7 @@ class Objective:
 
         It must be asked before ``params`` change.
         """
-        with torch.enable_grad():
+        with torch.enable_grad(), twice_differentiable():
             here = Expansion(self._forward(), params, self._count_products)
         self.counts.gradient += 1
         return here
@@ -273,11 +279,12 @@ class Objective:
         stand in for it.
         """
         self.names(params)
-        with torch.enable_grad():
+        with torch.enable_grad(), twice_differentiable():
             outputs, pushed = self._pushed(params, vectors)
             leaf = outputs.detach().requires_grad_()
             loss = self._checked(self.loss_fn(leaf, self.targets))
             (slope,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            refuse_single(loss, [slope])
             if slope.requires_grad:
                 (curved,) = torch.autograd.grad(slope, leaf, pushed)
             else:
@@ -303,6 +310,7 @@ class Objective:
         except (RuntimeError, NotImplementedError):
             pass  # an operation without a forward derivative
         outputs = self.outputs()
+        refuse_single(outputs, [])
         # J^T u is linear in a dummy u, and its derivative there is J.
         dummy = torch.zeros_like(outputs, requires_grad=True)
         pulled = torch.autograd.grad(outputs, params, dummy, create_graph=True, allow_unused=True)
@@ -359,14 +367,14 @@ class Objective:
         return losses
 
 
-def _each_tensor(value: Any, function: Callable[[Tensor], Any]) -> Any:
+def each_tensor(value: Any, function: Callable[[Tensor], Any]) -> Any:
     """Return ``value`` with ``function`` applied to every tensor that has a dimension."""
     if isinstance(value, Tensor):
         return function(value) if value.ndim else value
     if isinstance(value, dict):
-        return {key: _each_tensor(entry, function) for key, entry in value.items()}
+        return {key: each_tensor(entry, function) for key, entry in value.items()}
     if isinstance(value, (tuple, list)):
-        entries = [_each_tensor(entry, function) for entry in value]
+        entries = [each_tensor(entry, function) for entry in value]
         named = isinstance(value, tuple) and hasattr(value, "_fields")
         return type(value)(*entries) if named else type(value)(entries)
     return value

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optimizers.functional.derivatives import Expansion, gradients, hessian_product
+from optimizers.functional.derivatives import (
+    Expansion,
+    gradients,
+    hessian_product,
+    twice_differentiable,
+)
 from optimizers.objective import Objective, OracleError
 
 
@@ -89,6 +94,14 @@ class Oracle:
     def around(self, params: Sequence[Tensor]) -> Expansion:
         """Return the loss around the present values, for products one after the other."""
         raise self._refusal("Hessian products", _LOSS_CLOSURE)
+
+    def trials(self, params: Sequence[Tensor]) -> AbstractContextManager[list[Tensor]]:
+        """Return a context for evaluations elsewhere, as :func:`restored`.
+
+        An Objective's model gets its buffers back too: statistics of points that were only tried
+        are not the model's.
+        """
+        return restored(params)
 
     def ggn(self, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
         """Return the Gauss-Newton product with ``vectors``."""
@@ -164,6 +177,9 @@ class _FromObjective(Oracle):
 
     def around(self, params: Sequence[Tensor]) -> Expansion:
         return self._objective.around(params)
+
+    def trials(self, params: Sequence[Tensor]) -> AbstractContextManager[list[Tensor]]:
+        return restored([*params, *self._objective.model.buffers()])
 
     def ggn(self, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
         return self._objective.ggn(params, vectors)
@@ -270,7 +286,7 @@ class _FromClosure(Oracle):
         return here
 
     def _with_graph(self, use: Callable[[Tensor], Any]) -> Any:
-        with torch.enable_grad():
+        with torch.enable_grad(), twice_differentiable():
             loss = self._closure()
             if not isinstance(loss, Tensor) or not loss.requires_grad:
                 raise self._refusal("a loss with its graph", _LOSS_CLOSURE)
@@ -280,6 +296,23 @@ class _FromClosure(Oracle):
                 if "second time" in str(error):  # the closure called backward()
                     raise self._refusal("a loss with its graph", _LOSS_CLOSURE) from error
                 raise
+
+
+@contextmanager
+def without_cast_cache() -> Iterator[None]:
+    """Let autocast cast the parameters at every evaluation.
+
+    Within one autocast region torch keeps the casts of the first evaluation, so that an evaluation
+    at other values would answer for the first ones. On leaving, casts from before are forgotten:
+    the step changes the parameters.
+    """
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+        torch.clear_autocast_cache()
 
 
 @contextmanager

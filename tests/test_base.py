@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 import optimizers
-from optimizers import AMSGrad, Muon, Optimizer
+from optimizers import AMSGrad, Muon, Objective, Optimizer
+from optimizers.forward_only import PolyStep
 from optimizers.oracle import Needs
+from optimizers.second_order import OASIS, GradientRegularizedNewton, SaddleFreeNewton
 
 
 class SignMomentum(Optimizer):
@@ -236,6 +238,74 @@ def test_eval_params_is_a_context():
     p = parameter(2)
     with AMSGrad([p]).eval_params():
         pass
+
+
+# ------------------------------------------------------------------ autocast
+
+
+class Cast(nn.Module):
+    """A model that opens an autocast region for each evaluation."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.inner(x)
+
+
+EVALUATE_TWICE = {
+    "saddle-free": SaddleFreeNewton,
+    "gradient-regularized": GradientRegularizedNewton,
+    "oasis": lambda p: OASIS(p, same_batch=True, warmup_samples=3, init_lr=0.1),
+    "polystep": PolyStep,
+}
+
+
+@pytest.mark.parametrize("rule", EVALUATE_TWICE)
+def test_autocast_around_the_step_is_autocast_in_the_model(rule):
+    """Within one region torch keeps the casts of the first evaluation: trials would not count."""
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x, y = torch.randn(16, 3), torch.randn(16, 2)
+    losses = []
+    for around in (False, True):
+        model = copy.deepcopy(start)
+        optimizer = EVALUATE_TWICE[rule](model.parameters())
+        called = model if around else Cast(model)
+        objective = Objective(called, lambda p, y: nn.functional.mse_loss(p.float(), y)).on(x, y)
+        closure = objective.loss if rule == "polystep" else objective
+        losses.append([])
+        for _ in range(8):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
+                optimizer.step(closure)
+            losses[-1].append(nn.functional.mse_loss(model(x), y).item())
+    # The polytope's own products are cast, too: a few roundings of 2^-9 of a step.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3 if rule == "polystep" else 0, abs=0)
+    assert losses[0][-1] < 0.97 * losses[0][0]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_step_within_autocast_leaves_no_stale_casts_and_the_setting(cached):
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2), torch.randn(5, 3)
+    objective = Objective(model, lambda out, y: out.float().square().mean()).on(x, None)
+    optimizer = SaddleFreeNewton(model.parameters())
+
+    def fail():
+        assert not torch.is_autocast_cache_enabled()
+        raise ZeroDivisionError
+
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cached):
+        model(x)  # casts before the step
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step(fail)
+        assert torch.is_autocast_cache_enabled() is cached
+        optimizer.step(objective)
+        assert torch.is_autocast_cache_enabled() is cached
+        after = model(x)
+    assert torch.equal(after, Cast(model)(x))
 
 
 # ------------------------------------------------------------------ loading

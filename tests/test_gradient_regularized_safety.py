@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from optimizers import OracleError
+from optimizers import Objective, OracleError
 from optimizers.second_order import GradientRegularizedNewton
+from optimizers.second_order.matrices import sample_gradients
 from tests.convex import Newton, logistic, random
 from tests.newton import D, gradient, hessian
 
@@ -245,3 +247,57 @@ def test_groups_that_disagree_are_refused():
     stored["param_groups"][0]["gamma"] = math.nan
     with pytest.raises(ValueError, match="gamma"):
         GradientRegularizedNewton([a]).load_state_dict(stored)
+
+
+# ------------------------------------------------------------------ statistics of the model
+
+
+@pytest.mark.parametrize("hessian", ["exact", "ggn"])
+def test_rejected_trials_leave_no_statistics(hessian):
+    """The buffers are those of one evaluation where the step began."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+    x, y = torch.randn(6, 3), torch.randn(6, 2)
+    optimizer = GradientRegularizedNewton(model.parameters(), hessian=hessian, gamma0=64.0)
+    bound = Objective(model, nn.functional.mse_loss).on(x, y)
+    for _ in range(3):
+        twin = copy.deepcopy(model)
+        twin(x)
+        optimizer.step(bound)
+        for found, expected in zip(model.buffers(), twin.buffers(), strict=True):
+            assert torch.equal(found, expected)
+    assert all(
+        not torch.equal(p, q)
+        for p, q in zip(model[3:].parameters(), twin[3:].parameters(), strict=True)
+    )
+
+
+# ------------------------------------------------------------------ models of two dtypes
+
+
+class Mixed(nn.Module):
+    """A layer in double precision, and one in single."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4).double(), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x.double())).float())
+
+
+def test_gradients_of_samples_are_known_to_the_coarser_dtype():
+    torch.manual_seed(0)
+    model, x, y = Mixed(), torch.randn(9, 3), torch.arange(9) % 2
+    bound = Objective(model, nn.functional.cross_entropy).on(x, y)
+    params = list(model.parameters())
+    parts = sample_gradients(bound, params, bound.gradient(params)[1], "Rule")
+    for g, expected in zip(parts, bound.gradient(params)[1], strict=True):
+        # A sum of nine terms below one in single precision, whatever the parameter's own.
+        torch.testing.assert_close(g.mean(0), expected, rtol=0, atol=1e-6)
+    optimizer = GradientRegularizedNewton(params, hessian="fisher")
+    before = bound.loss()
+    for _ in range(3):
+        optimizer.step(bound)
+        assert optimizer.param_groups[0]["last_trials"] > 0
+    assert bound.loss() < before

@@ -1,6 +1,5 @@
 """AdaHessian and OASIS: oracles, published runs, reductions, the rates of OASIS, digits."""
 
-import copy
 import math
 
 import numpy as np
@@ -11,7 +10,6 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import nn
 
-from optimizers import Objective, OracleError
 from optimizers.second_order import OASIS, AdaHessian
 from optimizers.second_order.hutchinson import draw_probes
 from tests.oracles import hutchinson as oracles
@@ -358,88 +356,3 @@ def test_on_digits_no_rate_is_given_and_the_gap_is_a_quarter_of_gradient_descent
         for _ in range(300):
             optimizer.step(lambda p=p: f(p))
         assert float(f(p.detach())) - lowest < descent / 4
-
-
-# ------------------------------------------------------------------ the house
-
-
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda p: AdaHessian(p, hessian_every=3),
-        lambda p: OASIS(p),
-        lambda p: OASIS(p, same_batch=True),
-        lambda p: OASIS(p, lr=0.01, betas=(0.9, 0.99), adaptive=False, hessian_every=2),
-    ],
-)
-def test_it_resumes_bit_by_bit(build):
-    problem = Quartic([(2, 3), (4,)], 3)
-    optimizer = build(problem.params)
-    for _ in range(5):
-        optimizer.step(problem.closure)
-    other = copy.deepcopy(problem)
-    resumed = build(other.params)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for _ in range(5):
-        optimizer.step(problem.closure)
-        resumed.step(other.closure)
-    for p, q in zip(problem.params, other.params, strict=True):
-        assert torch.equal(p, q)
-
-
-def test_what_a_step_costs():
-    model = nn.Linear(3, 2)
-    objective = Objective(model, nn.functional.mse_loss).on(torch.randn(4, 3), torch.randn(4, 2))
-    optimizer = AdaHessian(model.parameters(), hessian_every=3, hessian_samples=2)
-    for _ in range(6):
-        optimizer.step(objective)
-    assert objective.counts.gradient == 6
-    assert objective.counts.hvp == 4
-
-
-def test_a_parameter_that_comes_between_refreshes_waits_for_one():
-    w, late = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    optimizer = AdaHessian([w], hessian_every=2, hessian_power=1.0)
-    optimizer.step(lambda: (w**2).sum())
-    optimizer.add_param_group({"params": [late]})
-    optimizer.step(lambda: (w**2).sum() + (late**2).sum())
-    assert torch.equal(late.detach(), torch.ones(2))
-    optimizer.step(lambda: (w**2).sum() + (late**2).sum())
-    assert bool((late.detach() < 1).all())
-
-
-@pytest.mark.parametrize("rule", [AdaHessian, OASIS])
-def test_refusals_change_nothing(rule):
-    w = nn.Parameter(torch.ones(2))
-    optimizer = rule([w])
-    with pytest.raises(OracleError, match=r"finite|got the loss"):
-        optimizer.step(lambda: (w * math.inf).sum())
-
-    def backward():
-        loss = (w**2).sum()
-        loss.backward()
-        return loss
-
-    with pytest.raises(OracleError, match="Do not call backward"):
-        optimizer.step(backward)
-    with pytest.raises(OracleError, match="nothing to evaluate"):
-        w.grad = torch.ones(2)
-        optimizer.step()
-    assert torch.equal(w.detach(), torch.ones(2))
-    assert optimizer.param_groups[0]["time"] == 0
-    with pytest.raises(ValueError, match="hessian_every must be the same"):
-        rule([{"params": [w]}, {"params": [nn.Parameter(torch.ones(1))], "hessian_every": 2}])
-
-
-def test_options_of_oasis_that_exclude_each_other():
-    w = nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="adaptive=False"):
-        OASIS([w], betas=(0.9, 0.999))
-    with pytest.raises(ValueError, match="adaptive=False"):
-        OASIS([w], weight_decay=0.1)
-    with pytest.raises(ValueError, match="betas"):
-        OASIS([w], lr=0.1, betas=(1.0, 0.9), adaptive=False)
-    with pytest.raises(ValueError, match="alpha"):
-        OASIS([w], alpha=0.0)
-    with pytest.raises(ValueError, match="adaptive must be the same"):
-        OASIS([{"params": [w]}, {"params": [nn.Parameter(torch.ones(1))], "adaptive": False}])

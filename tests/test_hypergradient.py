@@ -11,7 +11,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from optimizers import OracleError
-from optimizers.second_order import IFTHypergradient, hypergradient
+from optimizers.forward_only import PolyStep
+from optimizers.second_order import IFTHypergradient, SophiaH, hypergradient
 from tests.oracles import hypergradient as oracle
 
 D = torch.float64
@@ -286,6 +287,51 @@ def test_a_refused_outer_step_changes_nothing():
         IFTHypergradient([problem.phi], outer, hvp_lr=0.1)
     with pytest.raises(TypeError, match="optimizer"):
         IFTHypergradient([problem.w], "sgd", hvp_lr=0.1)
+
+
+class Once(torch.autograd.Function):
+    """A square whose backward is no graph."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * x * g
+
+
+@pytest.mark.parametrize("method", ["neumann", "cg"])
+def test_a_training_loss_that_is_differentiable_once_is_refused(method):
+    def found(square, inner, outer):
+        w = torch.tensor([1.0, 2.0], dtype=D, requires_grad=True)
+        phi = torch.tensor([0.5, 0.1], dtype=D, requires_grad=True)
+        training = inner(square, w, phi) + (phi.exp() * w**2).sum()
+        how = {"hvp_lr": 0.1, "terms": 9, "method": method}
+        return hypergradient(training, outer(w).sum(), [w], [phi], **how)[0]
+
+    last = lambda square, w, phi: square(w - 2 * phi).sum()  # noqa: E731
+    inside = lambda square, w, phi: (w * square(w - 2 * phi)).sum()  # noqa: E731
+    for inner in (last, inside):
+        with pytest.raises(OracleError, match=r"training loss.*once_differentiable"):
+            found(Once.apply, inner, torch.square)
+    # Of the validation loss the first derivative alone is taken.
+    left, right = (found(torch.square, last, f) for f in (Once.apply, torch.square))
+    assert torch.equal(left, right)
+
+
+def test_an_outer_rule_that_evaluates_objectives_is_refused_at_once():
+    problem = Ridge()
+    for outer in (
+        SophiaH([problem.phi]),
+        PolyStep([problem.phi]),
+        torch.optim.LBFGS([problem.phi]),
+    ):
+        with pytest.raises(ValueError, match=f"got {type(outer).__name__}, which evaluates"):
+            IFTHypergradient([problem.w], outer, hvp_lr=0.1)
 
 
 # ------------------------------------------------------------------ what they tune

@@ -202,6 +202,26 @@ def test_a_gradient_that_is_not_finite_spoils_its_parameter_alone():
     assert torch.equal(params[1], alone[0])
 
 
+@pytest.mark.parametrize("variant", ["base", "log", "rms"])
+def test_a_closure_may_return_a_plain_number(variant):
+    ends = []
+    for number in (False, True):
+        p = parameter(WIDE[0])
+        optimizer = InducedMetric([p], 0.02, xi=0.1, variant=variant)
+
+        def closure(p=p, optimizer=optimizer, number=number):
+            optimizer.zero_grad()
+            loss = (p**3).sum() / 30
+            loss.backward()
+            return loss.item() if number else loss
+
+        for _ in range(3):
+            last = optimizer.step(closure)
+        assert isinstance(last, float) is number
+        ends.append(p.detach())
+    assert torch.equal(*ends)
+
+
 def test_refusals():
     p = nn.Parameter(torch.ones(2))
     for options in ({"xi": -1.0}, {"momentum": 1.0}, {"beta": 1.0}, {"variant": "exp"}):

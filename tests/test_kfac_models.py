@@ -385,3 +385,25 @@ def test_groups_have_their_own_rate_and_damping() -> None:
     assert nu < 1
     for p, start, rate, v in zip(model.parameters(), before, rates, V, strict=True):
         torch.testing.assert_close((start - p.detach()) / rate, nu * v, rtol=1e-7, atol=1e-9)
+
+
+# --- compiled models -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["fresh", "evaluated before"])
+def test_the_layers_of_a_compiled_model_are_seen(before: bool) -> None:
+    """A graph from before has no hooks: every layer would pass through."""
+    torch.compiler.reset()  # graphs of other tests count towards a limit
+    ends = []
+    for compiled in (False, True):
+        model = chain()
+        called = torch.compile(model, backend="aot_eager") if compiled else model
+        bound = Objective(called, ENTROPY).on(X, Y)
+        if before:
+            bound.loss()
+        optimizer = KFAC(model.parameters(), lr=0.05)
+        for _ in range(3):
+            optimizer.step(bound)
+        assert [status(optimizer, p) for p in model.parameters()] == [2, 0, 2, 0]
+        ends.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))

@@ -471,6 +471,21 @@ def test_it_resumes_bit_by_bit(foreach):
 # ------------------------------------------------------------------ hostile gradients
 
 
+def test_a_state_without_entries_draws_as_a_fresh_one():
+    """The place of a parameter is a part of its seed; made anew one by one, all had the first."""
+    starts, grads = shared.streams([(3, 4)] * 3, 0, 5)
+    ends = []
+    for emptied in (False, True):
+        params = [parameter(w) for w in starts]
+        optimizer = PSGDKron(params, 0.05, precond_update_probability=1.0)
+        if emptied:
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": {}})
+        train(optimizer, params, list(zip(*grads, strict=True)))
+        assert [optimizer.state[p]["index"] for p in params] == [0, 1, 2]
+        ends.append([p.detach() for p in params])
+    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
+
+
 @pytest.mark.parametrize("foreach", [None, False])
 def test_without_a_gradient_the_factors_stay(foreach):
     params = [nn.Parameter(torch.ones(3, 4)) for _ in range(2)]

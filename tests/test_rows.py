@@ -1,6 +1,7 @@
 """Rows by layers equal per-sample Jacobians, over architectures."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from optimizers import EGN, Objective
+from optimizers import EGN, Objective, OracleError
 from optimizers.curvature import LossForm, output_model
 from optimizers.second_order import jacobian, normal
 from optimizers.second_order.jacobian import batch_rows
@@ -337,3 +338,90 @@ def test_a_backward_without_a_batching_rule_is_run_output_by_output(monkeypatch)
     other = batch_rows(objective, params, f, batch=B, chunk=None, rule="EGN")
     assert isinstance(rows, LayeredRows)
     torch.testing.assert_close(rows.gram(), other.gram(), rtol=1e-12, atol=1e-12)
+
+
+# ------------------------------------------------------------------ batches of other forms
+
+
+class Named(nn.Module):
+    """Takes its batch as a dict; ``spread`` makes samples look at each other."""
+
+    def __init__(self, spread=0.0):
+        super().__init__()
+        self.layer, self.head, self.spread = nn.Linear(5, 4), nn.Linear(4, 3), spread
+
+    def forward(self, batch):
+        x = batch["x"] - self.spread * batch["x"].mean(0)
+        return self.head(torch.tanh(self.layer(x)) * batch["sign"])
+
+
+class Positional(Named):
+    def forward(self, x):
+        return super().forward({"x": x, "sign": -1})
+
+
+def test_a_dict_of_inputs_gives_the_rows_of_its_tensors():
+    ends = []
+    for net, pack in ((Named(), lambda x: {"x": x, "sign": -1}), (Positional(), lambda x: x)):
+        model = seeded(net, 0)
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(B, 5, generator=generator, dtype=D)
+        objective = Objective(model, functional.cross_entropy).on(pack(x), torch.arange(B) % 3)
+        optimizer = EGN(model.parameters(), damping=1.0)
+        for _ in range(3):
+            optimizer.step(objective)
+        ends.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
+
+
+class Tokens(nn.Module):
+    """Outputs with batch and time in one dimension, as losses of classes want them."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.table(x)).flatten(0, 1)
+
+
+class Beside(nn.Module):
+    """A tensor and a dict, of a parameter that no layer holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 5))
+
+    def forward(self, x, more):
+        return functional.linear(x + more["x"], self.weight)
+
+
+class Inside(Named):
+    """Its batch is an attribute of an object, of which nothing takes a half."""
+
+    def forward(self, batch):
+        return super().forward({"x": batch.x, "sign": 1})
+
+
+FORMS = {
+    "an object": (Inside(), SimpleNamespace(x=torch.eye(4, 5, dtype=D)), 4, "single"),
+    "batch and time": (Tokens(), torch.arange(8).view(2, 4) % 7, 8, "single samples"),
+    "samples that mix": (Named(1.0), {"x": torch.eye(4, 5, dtype=D), "sign": 1}, 4, "single"),
+    "one tensor of two": (
+        Beside(),
+        (torch.ones(4, 5, dtype=D), {"x": torch.eye(4, 5, dtype=D)}),
+        4,
+        "got 48 outputs when it evaluated the samples again, one by one, and 12",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_that_hide_the_samples_are_refused_with_the_remedy(form):
+    net, inputs, n, message = FORMS[form]
+    model = seeded(net, 0)
+    objective = Objective(model, functional.cross_entropy).on(inputs, torch.arange(n) % 3)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(OracleError, match=f"{message}.*the first dimension of every tensor"):
+        EGN(model.parameters(), damping=1.0).step(objective)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))

@@ -404,3 +404,26 @@ def test_groups_that_disagree_are_refused():
     stored["param_groups"][0]["time"] = -1
     with pytest.raises(ValueError, match="time"):
         SaddleFreeNewton([a]).load_state_dict(stored)
+
+
+# ------------------------------------------------------------------ statistics of the model
+
+
+@pytest.mark.parametrize("mode", ["exact", "krylov"])
+def test_rejected_trials_leave_no_statistics(mode):
+    """The buffers are those of one evaluation where the step began."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+    x, y = torch.randn(6, 3), torch.randn(6, 2)
+    optimizer = SaddleFreeNewton(model.parameters(), mode=mode)
+    bound = Objective(model, nn.functional.mse_loss).on(x, y)
+    for _ in range(3):
+        twin = copy.deepcopy(model)
+        twin(x)
+        optimizer.step(bound)
+        for found, expected in zip(model.buffers(), twin.buffers(), strict=True):
+            assert torch.equal(found, expected)
+    assert all(
+        not torch.equal(p, q)
+        for p, q in zip(model[3:].parameters(), twin[3:].parameters(), strict=True)
+    )

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Run compiled models eagerly and attention unfused: neither else has second derivatives.
+
+    Hooks on the modules of a compiled model would not run either.
+    """
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def gradients(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
@@ -47,7 +60,7 @@ class Expansion:
         self._curved: list[tuple[int, Tensor]] = []  # a linear loss has no second derivative
         if loss.requires_grad and self._wanted:
             slopes = torch.autograd.grad(loss, self._wanted, create_graph=True, allow_unused=True)
-            _refuse_single(slopes)
+            refuse_single(loss, slopes)
             for k, g in zip(self._places, slopes, strict=True):
                 if g is not None:
                     self.grads[k] = g.detach()
@@ -103,17 +116,25 @@ class Expansion:
         return products
 
 
-def _refuse_single(slopes: Sequence[Tensor | None]) -> None:
-    """Refuse slopes through an operation that is differentiable once.
+# Every function so marked is wrapped by this code.
+_ONCE = once_differentiable(lambda ctx: None).__code__
 
-    torch puts a node there that raises when it is reached, but the way to the parameters ends
-    before it, so that products would lack this operation's part without a word.
+
+def refuse_single(loss: Tensor, slopes: Sequence[Tensor | None]) -> None:
+    """Refuse a loss through an operation that is differentiable once.
+
+    Products would lack this operation's part without a word: its slope has no graph where nothing
+    before it varies (it is the last operation, say), and otherwise torch puts a node there that
+    raises when it is reached, but the way to the parameters ends before it.
     """
-    nodes = [g.grad_fn for g in slopes if g is not None and g.grad_fn is not None]
+    ends = [loss, *(g for g in slopes if g is not None)]
+    nodes = [end.grad_fn for end in ends if end.grad_fn is not None]
     seen = set(nodes)
     while nodes:
         node = nodes.pop()
-        if node.name() == "torch::autograd::Error":
+        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+        marked = getattr(backward, "__code__", None) is _ONCE
+        if marked or node.name() == "torch::autograd::Error":
             raise RuntimeError(
                 "the loss cannot be differentiated twice: an operation in it is marked "
                 "once_differentiable, so its Hessian is not known. Write its backward in "
@@ -130,6 +151,7 @@ def hessian_product(
 ) -> list[Tensor]:
     """Return the product of the Hessian of ``loss`` with ``vectors``, by double backward."""
     grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+    refuse_single(loss, grads)
     pairs = [
         (g, v)
         for g, v in zip(grads, vectors, strict=True)

@@ -54,7 +54,8 @@ class AdaHessian(HutchinsonOptimizer):
 
     Raises:
         ValueError: If an option lies outside its range, or groups differ in what is probed.
-        OracleError: If the objective gives no Hessian products, or the loss is not finite.
+        OracleError: If the objective gives no Hessian products, or loss, gradient or products are
+            not finite; nothing has changed then.
 
     Reference:
         Yao, Gholami, Shen, Mustafa, Keutzer, Mahoney, "AdaHessian: An Adaptive Second Order

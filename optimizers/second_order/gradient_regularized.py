@@ -14,7 +14,7 @@ from optimizers import ranges
 from optimizers.base import Group, Needs, Optimizer, Scope, Signal, State
 from optimizers.functional.derivatives import Expansion
 from optimizers.linalg.shifted import DenseShifted, KrylovShifted, Metric, Shifted
-from optimizers.oracle import Oracle, restored
+from optimizers.oracle import Oracle
 from optimizers.second_order.flat import Flat, members, refuse_non_finite
 from optimizers.second_order.matrices import gauss_newton, sample_gradients
 
@@ -227,8 +227,8 @@ class GradientRegularizedNewton(Optimizer):
         if size <= plan["grad_tol"]:
             self._outcome = _Outcome({}, plan["gamma"], plan["last_gamma"], 0)
             return loss, _nothing
-        systems = self._systems(oracle, here, flat, metric, small)
-        with restored(flat.params):
+        with oracle.trials(flat.params):
+            systems = self._systems(oracle, here, flat, metric, small)
             self._outcome = self._search(oracle, flat, metric, systems, float(loss), size)
         targets = self._outcome.targets
         return loss, lambda p: targets.get(id(p))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -94,15 +96,35 @@ class HutchinsonOptimizer(Optimizer):
                     for z, h in zip(probes, products, strict=True)
                 ]
                 self._estimates[id(self.state[p])] = torch.stack(parts).mean(0)
+        self.check_estimates()
         return loss, found.get
 
     def check(self, loss: Tensor, grads: dict[Tensor, Tensor | None]) -> None:
-        """Refuse a loss that is not finite, before anything has changed."""
+        """Refuse a loss or gradient that is not finite: it would stay in the averages."""
         if not bool(loss.isfinite()):
             raise OracleError(
                 f"{type(self).__name__} got the loss {float(loss)}; nothing has been changed. "
                 "Lower lr or look at the batch."
             )
+        self._check_finite([g for g in grads.values() if g is not None], "a gradient")
+
+    def check_estimates(self) -> None:
+        """Refuse estimates that are not finite."""
+        self._check_finite(list(self._estimates.values()), "a curvature estimate")
+
+    def _check_finite(self, tensors: list[Tensor], what: str) -> None:
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for tensor in tensors:
+            if tensor.numel() and tensor.layout is torch.strided:
+                by_device.setdefault(tensor.device, []).append(tensor)
+        for members in by_device.values():  # one answer is read back from each device
+            peaks = torch._foreach_norm(members, math.inf)
+            if not bool(torch.stack([peak.isfinite() for peak in peaks]).all()):
+                self._estimates = {}
+                raise OracleError(
+                    f"{type(self).__name__} got {what} with NaN or infinity; nothing has been "
+                    "changed. Lower lr or look at the batch."
+                )
 
     def estimate(self, state: State) -> Tensor | None:
         """Return this step's v of a parameter."""

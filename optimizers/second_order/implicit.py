@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from optimizers import ranges
+from optimizers.functional.derivatives import refuse_single
 from optimizers.objective import OracleError
+from optimizers.oracle import Needs
 
 _RANGES = {
     "terms": "int [0, inf)",
@@ -17,8 +19,9 @@ _RANGES = {
     "damping": "[0, inf)",
     "method": "{neumann, cg}",
 }
-# A convergent series has no term longer than its first.
-_GROWTH = 1e3
+# No term of a convergent series is longer than the one before; some growth is left to Hessians
+# whose smallest eigenvalues are a little negative.
+_GROWTH = 10.0
 # Below it the residual of conjugate gradients is rounding.
 _SOLVED = 4.0
 
@@ -73,7 +76,8 @@ def hypergradient(
 
     Raises:
         ValueError: If an option lies outside its range, or a parameter is given as both.
-        OracleError: If a loss is no number with a graph, a hyperparameter takes part in neither
+        OracleError: If a loss is no number with a graph, the training loss can be differentiated
+            only once, a hyperparameter takes part in neither
             loss, the series diverges, conjugate gradients meet negative curvature, or h is not
             finite.
 
@@ -113,6 +117,10 @@ def hypergradient(
     first = [_or_zeros(g, p) for g, p in zip(outer, weights, strict=False)]
     direct = outer[len(weights) :]
     slopes = _grads(training, weights, create_graph=True)
+    try:
+        refuse_single(training, slopes)
+    except RuntimeError as error:
+        raise OracleError(f"the training loss: {error}") from None
     curved = [(g, k) for k, g in enumerate(slopes) if g is not None and g.requires_grad]
 
     def product(v: Sequence[Tensor], of: Sequence[Tensor]) -> list[Tensor | None]:
@@ -176,7 +184,8 @@ class IFTHypergradient:
 
     Raises:
         TypeError: If ``outer`` is no optimizer.
-        ValueError: If an option lies outside its range, or a weight is one of the hyperparameters.
+        ValueError: If an option lies outside its range, a weight is one of the hyperparameters, or
+            ``outer`` evaluates an objective itself.
 
     Example:
         >>> import torch
@@ -206,6 +215,12 @@ class IFTHypergradient:
     ) -> None:
         if not isinstance(outer, torch.optim.Optimizer):
             raise TypeError(f"outer must be an optimizer; got a {type(outer).__name__}.")
+        needs = getattr(outer, "needs", Needs.GRADIENTS)
+        if needs is not Needs.GRADIENTS or isinstance(outer, torch.optim.LBFGS):
+            raise ValueError(
+                f"outer must work from stored gradients; got {type(outer).__name__}, which "
+                "evaluates an objective itself. Use torch.optim.RMSprop, for one."
+            )
         self.params = _checked(params, "params")
         self.outer = outer
         self.options: dict[str, Any] = {

@@ -131,7 +131,7 @@ class InducedMetric(Optimizer):
                     "that clears the gradients, calls loss.backward() and returns the loss: "
                     "optimizer.step(closure)."
                 )
-            value = float(loss.detach())
+            value = float(loss)
             if not 0 < value < float("inf"):
                 raise OracleError(
                     f"InducedMetric with variant='log' needs a positive loss; got {value}. "
@@ -148,7 +148,9 @@ class InducedMetric(Optimizer):
             device = parts[0].device
             squares = torch.stack([part.to(device, parts[0].dtype) for part in parts])
             self._total = torch.where(squares.isfinite(), squares, 0).sum()
-        self._loss = None if loss is None else loss.detach()
+        if loss is not None:  # closures may return a plain number
+            plain = not isinstance(loss, Tensor)
+            self._loss = torch.tensor(loss, dtype=torch.float64) if plain else loss.detach()
         return loss, lambda p: p.grad
 
     def _square(self, p: Tensor, g: Tensor, group: Group) -> Tensor:

@@ -65,7 +65,8 @@ def evaluate(
         outputs = objective.outputs()
         return outputs, objective.loss_fn(outputs, objective.targets)
 
-    with torch.enable_grad():
+    # Hooks on the modules of a compiled model would not run.
+    with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         (outputs, loss), uses, odd = record(
             [layer.module for layer in layers], run, lambda x, y: True
         )

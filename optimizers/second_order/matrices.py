@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimizers.functional.derivatives import refuse_single, twice_differentiable
 from optimizers.objective import Objective, OracleError
 from optimizers.second_order.jacobian import check_samplewise
 
@@ -23,7 +24,7 @@ def gauss_newton(objective: Objective, params: Sequence[Tensor]) -> Tensor:
     """
     objective.names(params)
     n = sum(p.numel() for p in params)
-    with torch.enable_grad():
+    with torch.enable_grad(), twice_differentiable():
         outputs = objective.outputs()
         if not isinstance(outputs, Tensor):
             raise OracleError(
@@ -40,6 +41,7 @@ def gauss_newton(objective: Objective, params: Sequence[Tensor]) -> Tensor:
         leaf = outputs.detach().requires_grad_()
         loss = objective.loss_fn(leaf, objective.targets)
         (slope,) = torch.autograd.grad(loss.sum(), leaf, create_graph=True)
+        refuse_single(loss, [slope])
         if not slope.requires_grad:  # a linear loss
             return J.new_zeros(n, n)
         columns = J.mT.reshape(n, *outputs.shape).to(outputs)
@@ -114,10 +116,12 @@ def sample_gradients(
         ) from error
     objective.counts.gradient += 1
     largest = max(float(g.abs().max()) for g in found)
+    # A model may compute in a coarser dtype than that of a parameter.
+    coarse = max(torch.finfo(g.dtype).eps for g in found)
     for g, expected in zip(found, mean, strict=True):
         gap = float((g.mean(0) - expected).abs().max())
         # A thousand roundings cover the sums over a batch.
-        if not gap <= min(1e3 * torch.finfo(g.dtype).eps, 0.05) * largest:
+        if not gap <= min(1e3 * coarse, 0.05) * largest:
             raise OracleError(
                 f"{rule} got another gradient from the samples one by one than from the batch (by "
                 f"up to {gap:.2g}), so the loss is no mean over samples. {_REMEDY}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optimizers.base import Group, Signal, State
 from optimizers.functional import step_counts
-from optimizers.oracle import Oracle, restored
+from optimizers.oracle import Oracle
 from optimizers.second_order.hutchinson import (
     HUTCHINSON_RANGES,
     HutchinsonOptimizer,
@@ -63,7 +63,8 @@ class OASIS(HutchinsonOptimizer):
         weight_decay: Decoupled, in [0, inf); with a fixed rate alone.
         same_batch: Whether the adaptive rate takes both gradients on this step's batch.
         warmup_samples: Probes at the first point whose average is the first D; 0 starts from the
-            D in the state, which is zero.
+            D in the state, which is zero. A parameter that takes part later starts from its first
+            v.
         average_kernels: Whether :math:`|v|` is averaged over the spatial axes of kernels.
         hessian_samples: Probes to average in a refresh, an int from 1 on.
         hessian_every: Steps between refreshes, an int from 1 on; others leave D as it is.
@@ -78,7 +79,8 @@ class OASIS(HutchinsonOptimizer):
     Raises:
         ValueError: If an option lies outside its range, options exclude each other, or groups
             differ in what all share.
-        OracleError: If the objective gives no Hessian products, or the loss is not finite.
+        OracleError: If the objective gives no Hessian products, or loss, gradient or products are
+            not finite; nothing has changed then.
 
     Reference:
         Jahani, Rusakov, Shi, Richtarik, Mahoney, Takac, "Doubly Adaptive Scaled Algorithm for
@@ -149,6 +151,19 @@ class OASIS(HutchinsonOptimizer):
                 "Set adaptive=False and give lr, or leave them out."
             )
 
+    def _check_running(self, group: Group) -> None:
+        """Refuse options that a scheduler has made such as no new optimizer would take."""
+        remedy = "OneCycleLR and CyclicLR set it by themselves unless cycle_momentum=False."
+        try:
+            self.validate(group)
+        except ValueError as error:
+            raise ValueError(f"{error} {remedy}") from None
+        if group["betas"][0] > 0 and any("exp_avg" not in self.state[p] for p in group["params"]):
+            raise ValueError(
+                "the first of betas must be positive from the start to be used; got "
+                f"{group['betas']!r} in a running OASIS. Build a new one with it; {remedy}"
+            )
+
     def prepare(self) -> None:
         """Let the count of steps start, and the adaptive rate from its first value."""
         super().prepare()
@@ -187,6 +202,8 @@ class OASIS(HutchinsonOptimizer):
 
     def probe(self, oracle: Oracle) -> tuple[Tensor | None, Signal]:
         """Ask for gradient and probes, and find the rate."""
+        for group in self.param_groups:
+            self._check_running(group)
         loss, signal = super().probe(oracle)
         plan = self.param_groups[0]
         self._rate, self._theta = plan["last_lr"], plan["theta"]
@@ -202,12 +219,12 @@ class OASIS(HutchinsonOptimizer):
         others = {p: self.state[p].get("previous_grad") for p, _ in members}
         if self.param_groups[0]["same_batch"]:
             params = [p for p, _ in members]
-            with restored(params):
+            with oracle.trials(params):
                 for p in params:
                     p.copy_(self.state[p]["previous"])
                 _, found = oracle.gradient(params)
             others = dict(zip(params, found, strict=True))
-        moved = changed = 0.0
+        sums = []
         for p, group in members:
             state, g, before = self.state[p], signal(p), others[p]
             if g is None or before is None:
@@ -215,8 +232,9 @@ class OASIS(HutchinsonOptimizer):
             D = self._scaling(state, group)
             step = p.to(D.dtype) - state["previous"]
             slope = g.to(D.dtype) - before.to(D.dtype)
-            moved += float((D * step * step).sum())
-            changed += float((slope * slope / D).sum())
+            sums.append(torch.stack([(D * step * step).sum(), (slope * slope / D).sum()]))
+        wide = [pair.to(sums[0].device, torch.float64) for pair in sums]
+        moved, changed = torch.stack(wide).sum(0).tolist() if wide else (0.0, 0.0)  # one read
         grown = math.sqrt(1 + self._theta) * self._rate
         ratio = math.sqrt(moved) / math.sqrt(changed) / 2 if changed > 0 else math.inf
         rate = min(grown, ratio)
@@ -234,7 +252,13 @@ class OASIS(HutchinsonOptimizer):
         v = spatial_mean(v) if group["average_kernels"] else v
         if self._starting():
             return v.to(D.dtype)
-        return D.lerp(v.to(D.dtype), 1 - group["betas"][1])
+        v = v.to(D.dtype)
+        averaged = D.lerp(v, 1 - group["betas"][1])
+        if self.param_groups[0]["warmup_samples"] == 0:
+            return averaged
+        # A parameter that was not there, or frozen, at the first point starts from its first v:
+        # its D is zero, and a small part of v would count as no curvature at all.
+        return torch.where(D.any(), averaged, v)
 
     def _scaling(self, state: State, group: Group) -> Tensor:
         return self._averaged(state, group).abs().clamp_(min=group["alpha"])

@@ -195,6 +195,11 @@ class PSGDKron(Optimizer):
         first = self.param_groups[0]
         for name in _COUNTS:
             first.setdefault(name, 0)
+        states = [self.state[p] for p in self._all_params()]
+        # Made anew one by one, as for a loaded state that holds none, they have one place.
+        if sorted(state["index"] for state in states) != list(range(len(states))):
+            for index, state in enumerate(states):
+                state["index"] = index
         ranges.check_alike(self.param_groups, _SHARED, "are refreshed together")
 
     def init_state(self, p: Tensor, group: Group) -> State:

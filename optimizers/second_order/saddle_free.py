@@ -13,7 +13,7 @@ from optimizers import ranges
 from optimizers.base import Group, Needs, Optimizer, Scope, Signal, State
 from optimizers.functional.derivatives import Expansion
 from optimizers.linalg.lanczos import lanczos
-from optimizers.oracle import Oracle, restored
+from optimizers.oracle import Oracle
 from optimizers.second_order.flat import Flat, members, refuse_non_finite
 from optimizers.second_order.hutchinson import draw_probes
 
@@ -199,7 +199,7 @@ class SaddleFreeNewton(Optimizer):
                 "dampings must be positive where the Hessian is singular; got 0, with eigenvalues "
                 f"of magnitude {float(size.min()):.1e} to {float(size.max()):.1e}. Leave 0 out."
             )
-        with restored(flat.params):
+        with oracle.trials(flat.params):
             self._move = self._moves(oracle, flat, spectrum, float(here.loss))
         if self._move is None:
             return here.loss, _nothing

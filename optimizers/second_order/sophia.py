@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch.nn import functional
 from optimizers.base import Group, Needs, Signal, State
 from optimizers.curvature import LossForm
 from optimizers.functional import decay_, ema_
-from optimizers.objective import OracleError
 from optimizers.oracle import Oracle
 from optimizers.second_order.bartlett import (
     check_outputs,
@@ -73,28 +71,6 @@ class SophiaOptimizer(HutchinsonOptimizer):
         torch._foreach_mul_(steps, group["lr"])
         decay_(params, group["lr"], group["weight_decay"])
         torch._foreach_sub_(params, steps)
-
-    def check(self, loss: Tensor, grads: dict[Tensor, Tensor | None]) -> None:
-        """Refuse what is not finite: it would stay in the momentum, and be clipped to a sign."""
-        super().check(loss, grads)
-        self._check_finite([g for g in grads.values() if g is not None], "a gradient")
-
-    def _check_estimates(self) -> None:
-        self._check_finite(list(self._estimates.values()), "a curvature estimate")
-
-    def _check_finite(self, tensors: list[Tensor], what: str) -> None:
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for tensor in tensors:
-            if tensor.numel():
-                by_device.setdefault(tensor.device, []).append(tensor)
-        for members in by_device.values():  # one answer is read back from each device
-            peaks = torch._foreach_norm(members, math.inf)
-            if not bool(torch.stack([peak.isfinite() for peak in peaks]).all()):
-                self._estimates = {}
-                raise OracleError(
-                    f"{type(self).__name__} got {what} with NaN or infinity; nothing has been "
-                    "changed. Lower lr or look at the batch."
-                )
 
 
 class SophiaH(SophiaOptimizer):
@@ -185,12 +161,6 @@ class SophiaH(SophiaOptimizer):
                 "foreach": foreach,
             },
         )
-
-    def probe(self, oracle: Oracle) -> tuple[Tensor | None, Signal]:
-        """Ask for the gradient and, when it is due, for products with probes."""
-        loss, signal = super().probe(oracle)
-        self._check_estimates()
-        return loss, signal
 
     def divisors(self, h: list[Tensor], group: Group) -> list[Tensor]:
         r"""Return :math:`\max(\gamma h, \epsilon)`."""
@@ -324,7 +294,7 @@ class SophiaG(SophiaOptimizer):
             self.check(loss.detach(), found)
             self._estimate(form, logits, targets, params)
             objective.counts.vjp += self.samples()
-        self._check_estimates()
+        self.check_estimates()
         return loss.detach(), found.get
 
     def _estimate(

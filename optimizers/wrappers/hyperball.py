@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from optimizers import checkpoint, distributed, ranges
+from optimizers.base import Optimizer
 from optimizers.oracle import Needs
 from optimizers.wrappers.routed import Routed, _make_state
 
@@ -106,6 +107,7 @@ class Hyperball(torch.optim.Optimizer):
         self.needs: Needs = getattr(inner, "needs", Needs.GRADIENTS)
         _make_state(inner)
         self._building = True
+        self._waiting: dict[Tensor, float] = {}
         super().__init__(inner.param_groups, {**inner.defaults, **options})
         self._building = False
         self.param_groups = inner.param_groups
@@ -120,14 +122,19 @@ class Hyperball(torch.optim.Optimizer):
             closure: As the inner rule wants it.
         """
         if closure is None and checkpoint.is_dry_step(self.param_groups):
+            if not isinstance(self.inner, Optimizer) and not any(self.state.values()):
+                self._lend()
+                self.inner.step()  # torch's rules make their state there, for a checkpointer
+                self._collect(self._radii(), made=True)
             return None
         for index, group in enumerate(self.param_groups):
             _refuse_decay(group, f" (in parameter group {index})")
         self._lend()
         params = [p for group in self.param_groups for p in group["params"]]
         before = {p: p.detach().clone() for p in params}
+        known = self._radii()
         radii = {
-            p: self.state.get(p, {}).get(_RADIUS) or _radius(p, group)
+            p: known.get(p) or _radius(p, group)
             for group in self.param_groups
             for p in group["params"]
             if _is_projected(p, group)
@@ -140,7 +147,7 @@ class Hyperball(torch.optim.Optimizer):
                 for p, value in before.items():
                     p.copy_(value)
             raise
-        self._collect(radii)
+        self._collect(radii, made=True)
         for group in self.param_groups:
             parts: dict[Any, list[Tensor]] = {}
             for p in group["params"]:
@@ -173,15 +180,21 @@ class Hyperball(torch.optim.Optimizer):
         self.inner.state = own
         self.inner.param_groups = self.param_groups
 
-    def _collect(self, radii: Mapping[Tensor, float]) -> None:
-        """Take the inner rule's state back; in place, for the mapping may be another's as well."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                values = dict(self.inner.state.get(p, {}))
-                if p in radii:
-                    values[_RADIUS] = radii[p]
-                if values:
-                    self.state[p] = values
+    def _collect(self, radii: Mapping[Tensor, float], *, made: bool = False) -> None:
+        """Take the inner rule's state back; in place, for the mapping may be another's as well.
+
+        The radii wait apart until the inner rule has made its state: a checkpointer takes the step
+        that makes it only where it finds none.
+        """
+        members = [p for group in self.param_groups for p in group["params"]]
+        made = made or any(self.inner.state.get(p) for p in members)
+        self._waiting = {} if made else dict(radii)
+        for p in members:
+            values = dict(self.inner.state.get(p, {}))
+            if made and p in radii:
+                values[_RADIUS] = radii[p]
+            if values:
+                self.state[p] = values
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the inner rule.
@@ -208,7 +221,8 @@ class Hyperball(torch.optim.Optimizer):
         self._collect({**self._radii(), **radii})
 
     def _radii(self) -> dict[Tensor, float]:
-        return {p: state[_RADIUS] for p, state in self.state.items() if _RADIUS in state}
+        kept = {p: state[_RADIUS] for p, state in self.state.items() if _RADIUS in state}
+        return {**self._waiting, **kept}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what ``state_dict`` returned; a state that is refused changes nothing.
@@ -229,7 +243,8 @@ class Hyperball(torch.optim.Optimizer):
             _refuse_decay(group, where)
             for p, values in zip(group["params"], states, strict=True):
                 radii.update(self._loaded_radius(p, values or {}, group))
-                stored, present = _without_radius(values or {}), _without_radius(self.state[p])
+                stored = _without_radius(values or {})
+                present = _without_radius(self.state.get(p, {}))
                 if stored and present:  # torch's rules would take any shape here
                     checkpoint.refuse_misfit(present, stored, p, foreign=False)
         ordered = checkpoint.by_name(loaded, self.param_groups)
@@ -246,7 +261,7 @@ class Hyperball(torch.optim.Optimizer):
         self.param_groups = self.inner.param_groups
         self.state.clear()
         _make_state(self.inner)
-        self._collect(radii)
+        self._collect(radii, made=bool(state))
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -264,12 +279,12 @@ class Hyperball(torch.optim.Optimizer):
                 f"the loaded state of a parameter of shape {tuple(p.shape)} has no {_RADIUS!r}: it "
                 "was written without Hyperball. Load it into the inner rule before wrapping that."
             )
-        return {p: self.state[p].get(_RADIUS) or _radius(p, group)}
+        return {p: self._radii().get(p) or _radius(p, group)}
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy the inner rule too; it shares groups and state with this object."""
         own = {"inner": self.inner, "needs": self.needs, "_building": False}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), **own, "_waiting": self._waiting}
 
     def __repr__(self) -> str:
         return f"Hyperball({self.inner!r})"

@@ -139,6 +139,9 @@ class InducedMetricOn(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         elif checkpoint.is_dry_step(self.param_groups):
+            if not isinstance(self.inner, Optimizer) and not any(self.state.values()):
+                self.inner.step()  # torch's rules make their state there, for a checkpointer
+                self._share()
             return None
         for index, group in enumerate(self.param_groups):
             _check_group(group, f" (in parameter group {index})")
@@ -163,6 +166,8 @@ class InducedMetricOn(torch.optim.Optimizer):
             products = torch.stack([part.to(parts[0].device) for part in parts])
             # Not finite too where the rate is zero and there is no direction.
             total = float(torch.where(products.isfinite(), products, 0).sum())
+        if not any(bool(group["lr"] != 0) for _, group in moving):
+            return loss  # at the rate zero there is no direction to be read, and no step
         beta = plan["induced_beta"]
         metric = beta * plan["induced_metric"] + (1 - beta) * plan["induced_xi"] * total
         count = plan["induced_steps"] + 1
