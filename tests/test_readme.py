@@ -1,5 +1,6 @@
 """Every snippet of the README and of CONTRIBUTING runs, and the generated parts are fresh."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -87,6 +88,15 @@ def muon_table():
     )
 
 
+def second_order_page():
+    """Return docs/second_order.md as the committed measurements make it."""
+    path = ROOT / "benchmarks" / "second_order_page.py"
+    spec = importlib.util.spec_from_file_location("second_order_page", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.page()
+
+
 def part(name):
     return re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", README, re.S).group(1).strip()
 
@@ -146,6 +156,11 @@ def test_the_muon_table_is_the_committed_measurement():
     assert part("muon") == muon_table(), "run: python tests/test_readme.py"
 
 
+def test_the_second_order_page_is_the_committed_measurements():
+    page = (ROOT / "docs" / "second_order.md").read_text()
+    assert page == second_order_page(), "run: python tests/test_readme.py"
+
+
 def test_the_conformance_table_knows_every_check_and_optimizer():
     text = (ROOT / "docs" / "conformance.md").read_text()
     assert set(re.findall(r"^\| \*\*(\w+)\*\*", text, re.M)) == set(CHECKS)
@@ -173,3 +188,4 @@ if __name__ == "__main__":
             flags=re.S,
         )
     (ROOT / "README.md").write_text(fresh)
+    (ROOT / "docs" / "second_order.md").write_text(second_order_page())
