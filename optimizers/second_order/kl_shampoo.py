@@ -85,7 +85,7 @@ class KLShampoo(Optimizer):
             three dimensions).
         maximize: Ascend instead of descend.
         foreach: ``None`` or ``True`` batches small matrices of one shape, ``False`` loops; equal to
-            rounding.
+            rounding where factors have full rank, as in :class:`SOAP`.
 
     State:
         ``step`` (); ``count`` and ``turn``, numbers, as for :class:`SOAP`; ``exp_avg`` m, of the

@@ -93,7 +93,8 @@ class SOAP(Optimizer):
         tensor: ... every dimension is a side with its own L (the authors' reading).
         maximize: Ascend instead of descend.
         foreach: ``None`` or ``True`` batches small matrices of one shape, ``False`` loops; equal to
-            rounding.
+            rounding where factors have full rank (what a refresh makes of a null space that
+            columns have left is decided by rounding, as in every such QR step).
 
     State:
         ``step`` (); ``count`` and ``turn``, numbers: the updates so far and whose turn it is to be
