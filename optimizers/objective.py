@@ -307,8 +307,8 @@ class Objective:
                 tangent = dual.tangent
                 pushed = torch.zeros_like(dual.primal) if tangent is None else tangent.detach()
                 return dual.primal, pushed
-        except (RuntimeError, NotImplementedError):
-            pass  # an operation without a forward derivative
+        except (RuntimeError, NotImplementedError):  # torch: an operation has no forward derivative
+            pass
         outputs = self.outputs()
         refuse_single(outputs, [])
         # J^T u is linear in a dummy u, and its derivative there is J.

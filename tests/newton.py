@@ -1,10 +1,12 @@
 """What the tests of the Newton rules share: functions of one vector, and runs on them."""
 
+import copy
 import warnings
 
 import torch
 from torch import Tensor, nn
 
+from optimizers import Objective
 from optimizers.second_order import SaddleFreeNewton
 
 D = torch.float64
@@ -84,3 +86,22 @@ def quadratic(values, seed=0, dtype=D):
     A = Q @ torch.diag(values) @ Q.T
     A = (A + A.T) / 2
     return (lambda w: w @ (A.to(dtype) @ w) / 2), A
+
+
+def check_statistics(make):
+    """Assert that a step leaves the buffers of one evaluation where it began, and moves."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+    x, y = torch.randn(6, 3), torch.randn(6, 2)
+    optimizer = make(model.parameters())
+    bound = Objective(model, nn.functional.mse_loss).on(x, y)
+    for _ in range(3):
+        twin = copy.deepcopy(model)
+        twin(x)
+        optimizer.step(bound)
+        for found, expected in zip(model.buffers(), twin.buffers(), strict=True):
+            assert torch.equal(found, expected)
+    assert all(
+        not torch.equal(p, q)
+        for p, q in zip(model[3:].parameters(), twin[3:].parameters(), strict=True)
+    )

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optimizers.linalg import damped
 from optimizers.linalg.damped import damped_solve_, refined_solve
 
 D = torch.float64
@@ -71,3 +72,21 @@ def test_singular_systems_have_the_limit_of_small_damping(rank):
     x = damped_solve_(A.clone(), b, 1e-18)
     limit = torch.tensor(np.linalg.pinv(A.numpy(), rcond=1e-12) @ b.numpy())
     torch.testing.assert_close(x, limit, rtol=0, atol=1e-12)
+
+
+def test_where_refinement_gains_little_conjugate_gradients_go_on(monkeypatch):
+    """A coarse matrix that is far off in some directions: steepest descent would not get there."""
+    A, b = spectrum(60, 3, 0)
+    values, vectors = torch.linalg.eigh(A)
+    values[::3] *= 16
+    coarse = (vectors * values @ vectors.T).float()
+    taken = []
+    plain = damped._conjugate_gradients
+    monkeypatch.setattr(
+        damped, "_conjugate_gradients", lambda *parts: taken.append(1) or plain(*parts)
+    )
+    x = refined_solve(coarse, A.mv, b, 1e-3)
+    assert taken
+    # The bound of the docstring, which knows the norm of the coarse matrix.
+    residual = float((b - A @ x - 1e-3 * x).norm())
+    assert residual <= 4.1 * np.finfo(float).eps * float(coarse.norm() * x.norm() + b.norm())

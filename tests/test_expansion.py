@@ -10,6 +10,7 @@ from optimizers import Objective, OracleError
 from optimizers.oracle import Needs, as_oracle, restored
 from optimizers.second_order import AdaHessian, GradientRegularizedNewton, SaddleFreeNewton, SophiaH
 from optimizers.second_order.matrices import gauss_newton
+from tests.functions import Once
 
 
 def small_problem():
@@ -195,19 +196,6 @@ def test_a_hessian_without_a_batching_rule_and_one_that_is_not_there():
     linear = as_oracle(lambda: 3 * p.sum(), Needs.HESSIAN, "Rule", []).around([p])
     assert not linear.matrix().any()
     assert linear.grads[0].tolist() == [3, 3]
-
-
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 2 * x * g
 
 
 def test_an_operation_that_is_differentiable_once_is_no_silent_zero():

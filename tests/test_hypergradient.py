@@ -13,6 +13,7 @@ from torch import nn
 from optimizers import OracleError
 from optimizers.forward_only import PolyStep
 from optimizers.second_order import IFTHypergradient, SophiaH, hypergradient
+from tests.functions import Once
 from tests.oracles import hypergradient as oracle
 
 D = torch.float64
@@ -287,21 +288,6 @@ def test_a_refused_outer_step_changes_nothing():
         IFTHypergradient([problem.phi], outer, hvp_lr=0.1)
     with pytest.raises(TypeError, match="optimizer"):
         IFTHypergradient([problem.w], "sgd", hvp_lr=0.1)
-
-
-class Once(torch.autograd.Function):
-    """A square whose backward is no graph."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 2 * x * g
 
 
 @pytest.mark.parametrize("method", ["neumann", "cg"])

@@ -8,8 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
-from torch.distributed.checkpoint import state_dict
 
 from optimizers import AMSGrad, InducedMetric, Muon, PolyStep, Shampoo, SPlus, muon_with_adamw
 from optimizers.testing.checks import CHECKS, pytest_params, run_check
@@ -261,45 +259,6 @@ def test_steps_at_the_rate_zero_are_not_counted():
     cold = InducedMetricOn(torch.optim.SGD(twins, lr=0.1), xi=0.5)
     for x, y in zip(train(warm, params, stream[2:]), train(cold, twins, stream[2:]), strict=True):
         assert all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
-
-
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize(
-    "rule",
-    [
-        lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9),
-        lambda ps: torch.optim.RMSprop(ps, lr=0.01, momentum=0.9),
-        lambda ps: torch.optim.NAdam(ps, lr=0.01),
-        lambda ps: torch.optim.Adam(ps, lr=0.01),
-    ],
-)
-def test_state_of_torchs_rules_travels_through_distributed_checkpoints(rule, flat):
-    """Such a state is read into what a fresh optimizer holds, which torch's rules make late."""
-    options = state_dict.StateDictOptions(flatten_optimizer_state_dict=flat)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    start = copy.deepcopy(model)
-    optimizer = InducedMetricOn(rule(model.parameters()), xi=1e-2)
-    generator = torch.Generator().manual_seed(1)
-    stream = [torch.randn(5, 3, generator=generator) for _ in range(6)]
-
-    def run(model, optimizer, batches):
-        for x in batches:
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
-        return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-    run(model, optimizer, stream[:3])
-    stored = copy.deepcopy(state_dict.get_optimizer_state_dict(model, optimizer, options=options))
-    other = InducedMetricOn(rule(start.parameters()), xi=1e-2)
-    before = copy.deepcopy(start.state_dict())
-    template = state_dict.get_optimizer_state_dict(start, other, options=options)
-    assert set(template if flat else template["state"]) == set(stored if flat else stored["state"])
-    assert all(torch.equal(v, before[k]) for k, v in start.state_dict().items())
-    start.load_state_dict(model.state_dict())
-    state_dict.set_optimizer_state_dict(start, other, stored, options=options)
-    assert torch.equal(run(model, optimizer, stream[3:]), run(start, other, stream[3:]))
 
 
 # ------------------------------------------------------------------ the contract

@@ -16,7 +16,8 @@ from torch.nn import functional
 from optimizers import Objective
 from optimizers.curvature import LossForm, output_model
 from optimizers.second_order import KFAC
-from optimizers.second_order.kfac_layers import COLUMN, ROW, UNIT, Layer, Moments, find_layers
+from optimizers.second_order.kfac_kinds import Matrix, find_layers
+from optimizers.second_order.kfac_layers import COLUMN, ROW, UNIT, Moments
 from optimizers.second_order.kfac_slopes import _columns, evaluate, explained
 from tests.kfac_cases import half_mse, normal, randomize
 
@@ -336,7 +337,7 @@ def test_factors_of_another_fisher_matrix(fisher: str) -> None:
 def test_rows_that_do_not_give_the_gradient_are_found_out() -> None:
     """To 1 percent, in half precision 8 roundings, and to the rounding of sums that cancel."""
     weight, g = nn.Parameter(normal(3, 2)), normal(3, 2, seed=1)
-    layer = Layer(nn.Linear(2, 3), weight, None)
+    layer = Matrix(nn.Linear(2, 3), weight, None)
     for scale, factor, size, dtype, answer in (
         (1.0, 1.0, 1.0, torch.float64, True),
         (1.0, 1.005, 1.0, torch.float64, True),

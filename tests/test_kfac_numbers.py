@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from optimizers import Objective
 from optimizers.second_order import KFAC
 from optimizers.second_order.kfac_factors import Spectrum, decompose
-from optimizers.second_order.kfac_layers import COLUMN, ROW, Matrix
+from optimizers.second_order.kfac_kinds import Matrix
+from optimizers.second_order.kfac_layers import COLUMN, ROW
 from tests.kfac_cases import (
     BARE,
     ENTROPY,

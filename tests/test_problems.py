@@ -110,7 +110,7 @@ def test_per_sample_losses_average_to_the_loss():
         x = points(p, 1)[0]
         try:
             losses = p.per_sample(x)
-        except NotImplementedError:
+        except NotImplementedError:  # no mean over samples
             continue
         seen += 1
         assert losses.ndim == 1
@@ -486,7 +486,7 @@ def test_prox_minimises_its_definition():
             lambda v, xi=xi: p.lam * abs(v) + (v - xi) ** 2 / 0.4, bounds=(-9, 9), method="bounded"
         )
         assert ui == pytest.approx(found.x, abs=1e-4)
-    with pytest.raises(NotImplementedError, match="ridge has no part"):
+    with pytest.raises(NotImplementedError, match="ridge has no part"):  # it is smooth, rightly
         problem("ridge").prox(problem("ridge").x0, 1.0)
 
 

@@ -180,6 +180,11 @@ def test_networks(build, inputs, loss):
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_many_outputs_are_whitened_without_a_matrix_for_each_sample(loss):
+    compare(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 70)), 5, 0, loss)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
 @pytest.mark.parametrize(
     ("build", "inputs", "batch"),
     [

@@ -15,7 +15,8 @@ from optimizers import Objective, OracleError
 from optimizers.linalg.lanczos import lanczos
 from optimizers.second_order import SaddleFreeNewton
 from optimizers.testing.problems import make_problem
-from tests.newton import EPS, D, Run, gradient, hessian, quadratic, random_net
+from tests.functions import Once
+from tests.newton import EPS, D, Run, check_statistics, gradient, hessian, quadratic, random_net
 
 # ------------------------------------------------------------------ kicks, singular, conditioning
 
@@ -329,19 +330,6 @@ def test_resume_is_exact(mode):
 # ------------------------------------------------------------------ refusals
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 2 * x * g
-
-
 REFUSALS = {
     "no closure": (None, {}, OracleError, "step"),
     "several numbers": (lambda p: p**2, {}, OracleError, "one number"),
@@ -411,19 +399,4 @@ def test_groups_that_disagree_are_refused():
 
 @pytest.mark.parametrize("mode", ["exact", "krylov"])
 def test_rejected_trials_leave_no_statistics(mode):
-    """The buffers are those of one evaluation where the step began."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
-    x, y = torch.randn(6, 3), torch.randn(6, 2)
-    optimizer = SaddleFreeNewton(model.parameters(), mode=mode)
-    bound = Objective(model, nn.functional.mse_loss).on(x, y)
-    for _ in range(3):
-        twin = copy.deepcopy(model)
-        twin(x)
-        optimizer.step(bound)
-        for found, expected in zip(model.buffers(), twin.buffers(), strict=True):
-            assert torch.equal(found, expected)
-    assert all(
-        not torch.equal(p, q)
-        for p, q in zip(model[3:].parameters(), twin[3:].parameters(), strict=True)
-    )
+    check_statistics(lambda ps: SaddleFreeNewton(ps, mode=mode))

@@ -40,7 +40,7 @@ class NoiseEstimates(Optimizer):
 
     def noise_norm(self, p: Tensor, group: Group) -> str:
         """Return the norm, one of ``KINDS``, in whose dual a parameter's noise is measured."""
-        raise NotImplementedError
+        raise NotImplementedError  # a rule without a norm is an error of its author
 
     def noise_state(self, p: Tensor, group: Group) -> State:
         """Return what the estimate of a parameter's noise starts from."""

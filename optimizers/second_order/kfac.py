@@ -15,13 +15,8 @@ from optimizers.base import Group, Needs, Optimizer, Scope, Signal, State
 from optimizers.objective import Objective
 from optimizers.oracle import Oracle
 from optimizers.second_order.kfac_factors import Spectrum, check_finite, decompose
-from optimizers.second_order.kfac_layers import (
-    COLUMN,
-    ROW,
-    UNIT,
-    Layer,
-    find_layers,
-)
+from optimizers.second_order.kfac_kinds import find_layers
+from optimizers.second_order.kfac_layers import COLUMN, ROW, UNIT, Layer
 from optimizers.second_order.kfac_slopes import evaluate, explained
 
 _SHARED = ("kl_clip", "factor_update_steps", "inverse_update_steps", "fisher", "loss", "seed")

@@ -40,7 +40,7 @@ class SophiaOptimizer(HutchinsonOptimizer):
 
     def divisors(self, h: list[Tensor], group: Group) -> list[Tensor]:
         """Return what the momenta are divided by, positive."""
-        raise NotImplementedError
+        raise NotImplementedError  # each of the two forms has its own, and there is no third
 
     def update(self, p: Tensor, g: Tensor, state: State, group: Group) -> None:
         """The rule for one tensor."""

@@ -275,8 +275,8 @@ class Problem(ABC):
         return float(self._f(x)) - self.fstar  # for optima known in closed form
 
     def _per_sample(self, x: Tensor) -> Tensor:
-        # A capability that this problem rightly lacks, as torch signals a missing kernel.
-        raise NotImplementedError(f"{self.name} is not a mean over samples.")
+        what = f"{self.name} is not a mean over samples."
+        raise NotImplementedError(what)  # it rightly has none: as torch signals a missing kernel
 
     def _smooth(self, x: Tensor) -> Tensor:
         return self._f(x)
@@ -285,8 +285,8 @@ class Problem(ABC):
         return self._grad(x)
 
     def _prox(self, x: Tensor, step: float) -> Tensor:
-        # A capability that a smooth problem rightly lacks.
-        raise NotImplementedError(f"{self.name} has no part with a proximal operator.")
+        what = f"{self.name} has no part with a proximal operator."
+        raise NotImplementedError(what)  # a smooth problem rightly has none
 
     def _project(self, x: Tensor) -> Tensor:
         return x

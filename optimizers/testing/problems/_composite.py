@@ -252,8 +252,8 @@ class SVM(Problem):
         return self.lam * x - violated @ self.signed / self.n
 
     def _hessian(self, x: Tensor) -> Tensor:
-        # A hinge has no Hessian: nothing is missing that could be written.
-        raise NotImplementedError("svm is not twice differentiable.")
+        what = "svm is not twice differentiable."
+        raise NotImplementedError(what)  # a hinge has no Hessian that could be written
 
     def _project(self, x: Tensor) -> Tensor:
         return x * min(1.0, self.radius / max(float(x.norm()), 1e-300))
